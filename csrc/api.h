@@ -1,0 +1,64 @@
+// The plain C boundary between torch_ops.cpp and the kernels: every launcher, its shapes, its status codes.
+//
+// Launchers compute and nothing else: arguments are checked and outputs allocated in lora_kernels/ops.py, so pointers
+// are valid, sizes agree and dtypes are supported when a launcher is called. All tensors are contiguous unless a
+// stride is passed. Sizes are int64: a flat index may exceed 2^31.
+#pragma once
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum lk_dtype { LK_F32 = 0, LK_F16 = 1, LK_BF16 = 2 } lk_dtype;
+
+// Status codes of every launcher. lora_kernels/backends/native.py turns them into Python exceptions.
+typedef enum lk_status {
+  LK_OK = 0,
+  LK_NONFINITE = 1,          // a weight to be quantised holds a NaN or an infinity
+  LK_UNSUPPORTED_DTYPE = 2,  // a dtype that this launcher has no kernel for
+  LK_NO_STREAM = 3,          // this torch has no current CUDA stream to launch on
+  LK_LAUNCH_FAILED = 1000,   // 1000 + the cudaError_t of a launch
+} lk_status;
+
+// An NF4 weight: W [N, K] flattened to n = N*K codes. See nf4.h for the format.
+typedef struct lk_nf4_weight {
+  const uint8_t* packed;       // [ceil(n / 2)]
+  const void* absmax;          // [ceil(n / blocksize)]: fp32, or uint8 codes when nested_absmax is given
+  const float* nested_absmax;  // [ceil(blocks / 256)] or null
+  const float* offset;         // [1], null exactly when nested_absmax is
+  int64_t blocksize;           // a power of two, 32..4096
+} lk_nf4_weight;
+
+// A rectangle of W [N, K], as the panel loops ask for it.
+typedef struct lk_region {
+  int64_t in_features;  // K
+  int64_t row, rows;    // rows [row, row + rows) of N
+  int64_t col, cols;    // columns [col, col + cols) of K
+} lk_region;
+
+// nf4_quantize: weight [n] -> packed [ceil(n/2)], absmax fp32 [ceil(n/blocksize)]. LK_NONFINITE leaves the outputs
+// unspecified.
+int lk_cpu_nf4_quantize(const void* weight, int dtype, int64_t n, int64_t blocksize, uint8_t* packed, float* absmax);
+
+// The second level: absmax [blocks] -> codes [blocks], nested_absmax [ceil(blocks / 256)], offset [1].
+// offset = mean(absmax), summed in double in index order; a code is the true nearest entry, a tie going down.
+int lk_cpu_nf4_quantize_absmax(const float* absmax, int64_t blocks, uint8_t* codes, float* nested_absmax,
+                               float* offset);
+
+// nf4_dequantize: the region of W -> out [rows, cols], `out_stride` elements from row to row.
+int lk_cpu_nf4_dequantize(const lk_nf4_weight* weight, const lk_region* region, void* out, int dtype,
+                          int64_t out_stride);
+int lk_cuda_nf4_dequantize(const lk_nf4_weight* weight, const lk_region* region, void* out, int dtype,
+                           int64_t out_stride, void* stream);
+
+// lora_dropout: out[i] = x[i] where the Philox word of element first + i is kept, else 0. Not scaled.
+// rng: [2] int64 (seed, offset).
+int lk_cpu_lora_dropout(const void* x, int dtype, int64_t n, int64_t first, double p, const int64_t* rng, void* out);
+
+// Which instruction set the CPU kernels use in this process: "avx512" or "portable".
+const char* lk_cpu_isa(void);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,41 @@
+// Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011): the counter-based
+// generator of every dropout mask. Element i of x [T, K] (flat index) reads word i % 4 of
+//   philox(counter = (i / 4, offset), key = seed)
+// and is kept where word >= floor(p * 2^32). A mask is a pure function of (seed, offset, i): nothing is stored, and
+// every backend and every tiling draws the same one.
+#pragma once
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define LK_HOST_DEVICE __host__ __device__
+#else
+#define LK_HOST_DEVICE
+#endif
+
+namespace lk {
+
+struct PhiloxWords {
+  uint32_t w[4];
+};
+
+LK_HOST_DEVICE constexpr PhiloxWords philox4x32_10(uint64_t index, uint64_t offset, uint64_t seed) {
+  uint32_t c0 = static_cast<uint32_t>(index), c1 = static_cast<uint32_t>(index >> 32);
+  uint32_t c2 = static_cast<uint32_t>(offset), c3 = static_cast<uint32_t>(offset >> 32);
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p0 = static_cast<uint64_t>(0xD2511F53u) * c0;
+    const uint64_t p1 = static_cast<uint64_t>(0xCD9E8D57u) * c2;
+    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
+    c1 = static_cast<uint32_t>(p1);
+    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
+    c3 = static_cast<uint32_t>(p0);
+    k0 += 0x9E3779B9u;  // golden ratio
+    k1 += 0xBB67AE85u;  // sqrt(3) - 1
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// Words below this value are dropped. p in [0, 1).
+constexpr uint32_t dropout_threshold(double p) { return static_cast<uint32_t>(p * 4294967296.0); }
+
+}  // namespace lk

@@ -1,0 +1,176 @@
+"""Replacing the linear layers of a model by FusedLoRALinear."""
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_kernels.linear import FusedLoRALinear
+
+ALL_LINEAR = "all-linear"
+_CLASSIFIER_HEADS = ("score", "classifier")
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, FusedLoRALinear]]:
+    """(name, layer) of every FusedLoRALinear in the model, each layer once."""
+    for name, module in model.named_modules():
+        if isinstance(module, FusedLoRALinear):
+            yield name, module
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> layer of everything an adapter can go on: nn.Linear (and subclasses) and FusedLoRALinear."""
+    layers: dict[str, nn.Module] = {}
+    inside = None  # the lora_A and lora_B of a FusedLoRALinear are nn.Linear too, and no targets
+    for name, module in model.named_modules():
+        if inside is not None and name.startswith(inside):
+            continue
+        inside = None
+        if isinstance(module, FusedLoRALinear):
+            layers[name] = module
+            inside = name + "." if name else ""
+        elif isinstance(module, nn.Linear):
+            layers[name] = module
+    return layers
+
+
+def matches(name: str, target: str) -> bool:
+    """Whether a target names this module, as PEFT reads target_modules: the whole path, or its end after a dot."""
+    return name == target or name.endswith("." + target)
+
+
+def _output_heads(model: nn.Module, layers: dict[str, nn.Module]) -> set[str]:
+    """The layers that turn hidden states into the model's output, which "all-linear" leaves alone (as PEFT does)."""
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    if head is not None:
+        return {name for name, layer in layers.items() if layer is head}
+    if hasattr(model, "config"):
+        return {name for name in layers if name.rsplit(".", 1)[-1] in _CLASSIFIER_HEADS}
+    return set()
+
+
+def _targets(
+    model: nn.Module, layers: dict[str, nn.Module], target_modules: str | Iterable[str]
+) -> list[str]:
+    if target_modules == ALL_LINEAR:
+        heads = _output_heads(model, layers)
+        found = [name for name in layers if name not in heads]
+        if not found:
+            raise ValueError(
+                "target_modules is 'all-linear', but the model has no nn.Linear besides its output head"
+            )
+        return found
+    names = sorted({name.rsplit(".", 1)[-1] for name in layers})
+    hint = f"the model's linear layers end in: {', '.join(names) or '(it has none)'}"
+    if isinstance(target_modules, str):
+        try:
+            pattern = re.compile(target_modules)
+        except re.error as error:
+            raise ValueError(
+                f"target_modules: {target_modules!r} is not a regular expression: {error}"
+            ) from None
+        found = [name for name in layers if pattern.fullmatch(name)]
+        if not found:
+            raise ValueError(f"target_modules: {target_modules!r} matches no linear layer; {hint}")
+        return found
+    targets = list(target_modules)
+    if not targets:
+        raise ValueError(f"target_modules is empty; {hint}")
+    for target in targets:
+        if not any(matches(name, target) for name in layers):
+            raise ValueError(f"target_modules: {target!r} matches no linear layer; {hint}")
+    return [name for name in layers if any(matches(name, target) for target in targets)]
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+
+
+def inject(
+    model: nn.Module,
+    target_modules: str | Iterable[str] = ALL_LINEAR,
+    *,
+    r: int = 16,
+    lora_alpha: float | None = None,
+    lora_dropout: float = 0.0,
+    use_rslora: bool = False,
+    init_lora_weights: bool | str = True,
+    quantize: str | None = None,
+    blocksize: int = 64,
+    double_quant: bool = True,
+    adapter_dtype: torch.dtype | None = None,
+    adapter_name: str = "default",
+) -> list[str]:
+    """Puts an adapter on the model's linear layers, in place, and freezes everything else.
+
+    Args:
+        model: any module; a Hugging Face model is one.
+        target_modules: names as in PEFT (["q_proj", "v_proj"]: the end of a module's path), a regular expression
+            for whole paths, or "all-linear": every nn.Linear but the output head.
+        quantize: "nf4" also quantises the weights of the layers it replaces; None leaves them as they are.
+
+    The other arguments are those of FusedLoRALinear. A layer that is a FusedLoRALinear already gets the adapter in
+    addition, and it becomes the active one. A module that the model uses in two places stays one module.
+
+    Returns:
+        The names of the layers, in the model's order.
+
+    Raises:
+        ValueError: no layer matches, r < 1, and what FusedLoRALinear raises; the model is then unchanged.
+    """
+    layers = linear_layers(model)
+    if "" in layers:
+        raise ValueError("the model is itself a linear layer: use FusedLoRALinear.from_linear")
+    targets = _targets(model, layers, target_modules)
+    spec: dict[str, Any] = {
+        "lora_dropout": lora_dropout,
+        "use_rslora": use_rslora,
+        "init_lora_weights": init_lora_weights,
+    }
+    for name in targets:
+        layer = layers[name]
+        if isinstance(layer, FusedLoRALinear) and (layer.merged or adapter_name in layer.adapter_specs):
+            state = (
+                f"has adapter {layer.merged_adapter!r} merged"
+                if layer.merged
+                else f"has an adapter {adapter_name!r}"
+            )
+            raise ValueError(f"{name} {state} already")
+    # All new layers are made before the first is put in place, so that an error leaves the model as it was.
+    made: dict[int, FusedLoRALinear] = {}
+    for name in targets:
+        layer = layers[name]
+        if isinstance(layer, FusedLoRALinear) or id(layer) in made:
+            continue
+        try:
+            made[id(layer)] = FusedLoRALinear.from_linear(
+                layer,
+                r,
+                lora_alpha,
+                quantize=quantize,
+                blocksize=blocksize,
+                double_quant=double_quant,
+                adapter_dtype=adapter_dtype,
+                adapter_name=adapter_name,
+                **spec,
+            )
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{name}: {error}") from error
+    for name in targets:
+        layer = layers[name]
+        if isinstance(layer, FusedLoRALinear):
+            layer.add_adapter(adapter_name, r, lora_alpha, dtype=adapter_dtype, **spec)
+    everywhere = [n for n, module in model.named_modules(remove_duplicate=False) if id(module) in made]
+    for name in everywhere:
+        replace_module(model, name, made[id(model.get_submodule(name))])
+    model.requires_grad_(False)
+    for name in targets:
+        layer = model.get_submodule(name)
+        layer.set_adapter(adapter_name)
+        layer.lora_A[adapter_name].requires_grad_(True)
+        layer.lora_B[adapter_name].requires_grad_(True)
+    return targets

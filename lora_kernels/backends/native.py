@@ -1,0 +1,83 @@
+"""Loads the compiled library and calls its launchers; turns their status codes (csrc/api.h) into exceptions."""
+
+import os
+
+import torch
+from torch import Tensor
+
+from lora_kernels.base_weight import BaseWeight
+
+try:
+    from lora_kernels import _C
+except ImportError as error:
+    raise ImportError(
+        "lora_kernels._C, the compiled kernels, could not be loaded. In a checkout, build it with "
+        f"`python setup.py build_ext --inplace`. The loader said: {error}"
+    ) from error
+
+ISAS = ("avx512", "portable")
+
+_asked = os.environ.get("LORA_KERNELS_CPU_ISA")
+if _asked and _asked != _C.cpu_isa:
+    what = f"this machine runs {_C.cpu_isa}" if _asked in ISAS else f"expected one of {', '.join(ISAS)}"
+    raise ImportError(f"LORA_KERNELS_CPU_ISA: got {_asked!r}; {what}")
+
+_OK, _NONFINITE, _UNSUPPORTED_DTYPE, _NO_STREAM, _LAUNCH_FAILED = 0, 1, 2, 3, 1000
+
+
+def _raise_for(status: int, op: str, tensor: str, dtype: torch.dtype) -> None:
+    if status == _OK:
+        return
+    if status == _NONFINITE:
+        raise ValueError(f"{op}: {tensor} holds a NaN or an infinity; only finite values can be quantised")
+    if status == _UNSUPPORTED_DTYPE:
+        raise TypeError(
+            f"{op}: {tensor} is {dtype}; the compiled kernels take float32, float16 and bfloat16 "
+            '(lora_kernels.use_backend("reference") takes float64 too)'
+        )
+    if status == _NO_STREAM:
+        raise RuntimeError(f"{op}: this build of torch has no CUDA stream; install torch with CUDA")
+    raise RuntimeError(f"{op}: the CUDA launch failed with cudaError_t {status - _LAUNCH_FAILED}")
+
+
+def nf4_quantize(
+    weight: Tensor,
+    blocksize: int,
+    packed: Tensor,
+    absmax: Tensor,
+    codes: Tensor | None,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+) -> None:
+    status = torch.ops.lora_kernels.nf4_quantize.out(
+        weight,
+        blocksize,
+        packed=packed,
+        absmax=absmax,
+        codes=codes,
+        nested_absmax=nested_absmax,
+        offset=offset,
+    )
+    _raise_for(status, "nf4_quantize", "weight", weight.dtype)
+
+
+def nf4_dequantize(base: BaseWeight, row: int, col: int, out: Tensor) -> None:
+    """The rectangle of W that starts at (row, col) and has out's shape -> out [rows, cols], of unit column stride."""
+    status = torch.ops.lora_kernels.nf4_dequantize.out(
+        base.data,
+        base.absmax,
+        base.nested_absmax,
+        base.offset,
+        base.blocksize,
+        base.in_features,
+        row,
+        col,
+        out=out,
+    )
+    _raise_for(status, "nf4_dequantize", "out", out.dtype)
+
+
+def lora_dropout(x: Tensor, p: float, rng: Tensor, first: int, out: Tensor) -> None:
+    """Contiguous x, whose first element is element `first` of the whole input -> out; out may be x itself."""
+    status = torch.ops.lora_kernels.lora_dropout.out(x, p, rng, first, out=out)
+    _raise_for(status, "lora_dropout", "x", x.dtype)

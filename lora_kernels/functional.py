@@ -1,0 +1,136 @@
+"""The differentiable LoRA linear map: what autograd saves, what it recomputes, and how autocast is honoured.
+
+The gradient formulas are attached to the ops themselves (torch.library.register_autograd builds the autograd
+Function), so `lora_linear` and `torch.ops.lora_kernels.lora_linear` differentiate alike, in eager mode and under
+torch.compile.
+"""
+
+import torch
+from torch import Tensor
+
+from lora_kernels import ops  # noqa: F401 - defines the ops
+from lora_kernels.nf4 import NF4Weight
+
+# Where the arguments of the op lora_linear stand.
+_X, _A, _B, _BIAS = 0, 7, 8, 10
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, weight, absmax, nested_absmax, offset, blocksize, _, lora_A, lora_B, scaling, bias, dropout_p, rng = (
+        inputs
+    )
+    _, h = output
+    needs = ctx.needs_input_grad
+    ctx.mark_non_differentiable(h)
+    ctx.set_materialize_grads(False)
+    ctx.in_features = x.shape[-1]
+    ctx.blocksize, ctx.scaling, ctx.dropout_p = blocksize, scaling, dropout_p
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    # x only for dA, h only for dB; the mask is replayed from rng. Nothing of size T*N is kept.
+    ctx.save_for_backward(
+        x if needs[_A] else None,
+        h if needs[_B] else None,
+        *(weight, absmax, nested_absmax, offset, lora_A, lora_B, rng),
+    )
+
+
+def _backward(ctx, dy, dh):
+    if dy is None:
+        return (None,) * 13
+    x, h, weight, absmax, nested_absmax, offset, lora_A, lora_B, rng = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[i] for i in (_X, _A, _B, _BIAS)]
+    grads = torch.ops.lora_kernels.lora_linear_backward(
+        *(dy, x, h, weight, absmax, nested_absmax, offset, ctx.blocksize, ctx.in_features),
+        *(lora_A, lora_B, ctx.scaling, ctx.dropout_p, rng, needs),
+    )
+    dx, dA, dB, dbias = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
+    if dbias is not None:
+        dbias = dbias.to(ctx.bias_dtype)
+    result = [None] * 13
+    result[_X], result[_A], result[_B], result[_BIAS] = dx, dA, dB, dbias
+    return tuple(result)
+
+
+torch.library.register_autograd("lora_kernels::lora_linear", _backward, setup_context=_setup_context)
+
+
+def _no_double_backward(ctx, *grads):
+    raise RuntimeError(
+        "lora_linear has no second derivative: its backward was differentiated (create_graph=True). Use the "
+        "pure-PyTorch lora_kernels.reference.lora_linear where one is needed"
+    )
+
+
+torch.library.register_autograd("lora_kernels::lora_linear_backward", _no_double_backward)
+
+
+def dropout_rng(device: torch.device | str) -> Tensor:
+    """A fresh (seed, offset), int64 [2] on `device`, drawn from torch's generator of that device."""
+    return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor | NF4Weight,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    rng: Tensor | None = None,
+) -> Tensor:
+    """y = x·W0ᵀ + s·(dropout(x)·Aᵀ)·Bᵀ + bias, differentiable in x, lora_A, lora_B and bias.
+
+    Args:
+        x: [..., K], float32, float16 or bfloat16, any strides; no tokens at all are fine.
+        weight: W0, frozen: an `NF4Weight` of shape [N, K], or a dense tensor [N, K] in x's dtype.
+        lora_A: [r, K], any float dtype (float32 adapters on a bfloat16 base are the usual case). None: base alone.
+        lora_B: [N, r], likewise.
+        scaling: s = lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA.
+        bias: [N], any float dtype.
+        dropout_p: probability of zeroing an element of x on the adapter path only; the kept ones count 1/(1-p).
+        rng: int64 [2] on x's device, (seed, offset) of the dropout mask; None draws a fresh one from torch's
+            generator. The same rng gives the same mask on every backend.
+
+    Returns:
+        y [..., N] in x's dtype. Products are summed in float32.
+
+    Under autocast x, bias and a dense weight are cast to the autocast dtype. The gradient of the frozen weight is not
+    computed; gradients come back in each parameter's dtype, summed in float32. Double backward raises RuntimeError.
+
+    Raises:
+        ValueError: a shape, device, scaling, dropout_p or blocksize that does not fit, naming the argument.
+        TypeError: a dtype that does not fit.
+
+    Source: Hu et al. 2021 (LoRA), section 4.1; Dettmers et al. 2023 (QLoRA), equation 5.
+    """
+    if isinstance(weight, NF4Weight):
+        out_features, in_features = weight.shape
+        if x.dim() > 0 and x.shape[-1] != in_features:
+            raise ValueError(
+                f"lora_linear: x has last dimension {x.shape[-1]}, but weight [N, K] = {tuple(weight.shape)} takes "
+                f"K = {in_features}"
+            )
+        parts = (weight.packed, weight.absmax, weight.nested_absmax, weight.offset, weight.blocksize)
+    elif isinstance(weight, Tensor):
+        if weight.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "lora_linear: weight requires a gradient, but the base weight is frozen; call requires_grad_(False) "
+                "on it, or use torch.nn.functional.linear to train it"
+            )
+        out_features = weight.shape[0] if weight.dim() == 2 else -1
+        parts = (weight, None, None, None, 0)
+    else:
+        raise TypeError(
+            f"lora_linear: weight is a {type(weight).__name__}, expected a Tensor or an NF4Weight"
+        )
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x = x.to(dtype)
+        if parts[1] is None:
+            parts = (parts[0].to(dtype), *parts[1:])
+    if dropout_p > 0 and rng is None:
+        rng = dropout_rng(x.device)
+    arguments = (out_features, lora_A, lora_B, float(scaling), bias, float(dropout_p), rng)
+    return torch.ops.lora_kernels.lora_linear(x, *parts, *arguments)[0]

@@ -1,0 +1,198 @@
+"""lora_linear and its backward as loops over panels of W0 around torch's GEMM.
+
+An NF4 weight is never dequantised as a whole: a panel of its rows (forward) or a slab of its columns (dx) is decoded
+into a workspace of at most PANEL_BYTES, multiplied, and the workspace is used again. Row panels for y and column slabs
+for dx, so that every output element is one GEMM's fp32 sum over its whole inner dimension: summing dx over row panels
+would round it to T once per panel. The LoRA term is written first and the base product accumulates onto it, which
+costs one rounding of the small term instead of one more of the large sum.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_kernels.base_weight import BaseWeight
+
+# Large enough that the GEMM of a panel amortises its start, small enough to stay in a last-level cache.
+PANEL_BYTES = 8 << 20
+
+
+class Kernels(NamedTuple):
+    """What a backend brings: `nf4_dequantize(base, row, col, out)` and `lora_dropout(x, p, rng, first, out)`."""
+
+    nf4_dequantize: Callable[[BaseWeight, int, int, Tensor], None]
+    lora_dropout: Callable[[Tensor, float, Tensor, int, Tensor], None]
+
+
+def bind(function: Callable[..., None], kernels: Kernels) -> Callable[..., None]:
+    return functools.partial(function, kernels)
+
+
+def _spans(length: int, other: int, itemsize: int) -> Iterator[tuple[int, int]]:
+    """Cuts `length` lines of `other` elements each into even spans of at most PANEL_BYTES, multiples of 64 lines."""
+    pieces = max(1, -(-length * other * itemsize // PANEL_BYTES))
+    step = max(1, -(-length // pieces))
+    step = min(length, -(-step // 64) * 64)
+    for start in range(0, length, max(step, 1)):
+        yield start, min(length, start + step)
+
+
+def _row_panels(kernels: Kernels, base: BaseWeight, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+    """(n0, n1, W0[n0:n1] in dtype); a panel is valid until the next one is asked for."""
+    n, k = base.out_features, base.in_features
+    if not base.quantized:
+        yield 0, n, base.data
+        return
+    workspace = None
+    for n0, n1 in _spans(n, k, dtype.itemsize):
+        if workspace is None:
+            workspace = torch.empty(n1 - n0, k, dtype=dtype, device=base.data.device)
+        panel = workspace[: n1 - n0]
+        kernels.nf4_dequantize(base, n0, 0, panel)
+        yield n0, n1, panel
+
+
+def _column_slabs(
+    kernels: Kernels, base: BaseWeight, dtype: torch.dtype
+) -> Iterator[tuple[int, int, Tensor]]:
+    """(k0, k1, W0[:, k0:k1] in dtype); a slab is valid until the next one is asked for."""
+    n, k = base.out_features, base.in_features
+    if not base.quantized:
+        yield 0, k, base.data
+        return
+    workspace = None
+    for k0, k1 in _spans(k, n, dtype.itemsize):
+        if workspace is None:
+            workspace = torch.empty(n * (k1 - k0), dtype=dtype, device=base.data.device)
+        slab = workspace[: n * (k1 - k0)].view(n, k1 - k0)
+        kernels.nf4_dequantize(base, 0, k0, slab)
+        yield k0, k1, slab
+
+
+def _dropped(kernels: Kernels, x: Tensor, p: float, rng: Tensor | None) -> Iterator[tuple[int, int, Tensor]]:
+    """(t0, t1, (m⊙x)[t0:t1]): x itself without dropout, else chunks of at most PANEL_BYTES."""
+    t, k = x.shape
+    if p == 0:
+        yield 0, t, x
+        return
+    for t0, t1 in _spans(t, k, x.element_size()):
+        chunk = x[t0:t1].contiguous()
+        out = torch.empty_like(chunk)
+        kernels.lora_dropout(chunk, p, rng, t0 * k, out)
+        yield t0, t1, out
+
+
+def lora_linear(
+    kernels: Kernels,
+    x: Tensor,  # [T, K]
+    base: BaseWeight,
+    lora_A: Tensor | None,  # [r, K]
+    lora_B: Tensor | None,  # [N, r]
+    scaling: float,
+    bias: Tensor | None,  # [N]
+    dropout_p: float,
+    rng: Tensor | None,  # int64 [2]
+    y: Tensor,  # [T, N]
+    h: Tensor,  # [T, r]
+) -> None:
+    if lora_A is not None:
+        a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
+        for t0, t1, dropped in _dropped(kernels, x, dropout_p, rng):
+            torch.mm(dropped, a.T, out=h[t0:t1])
+    s = scaling / (1 - dropout_p)
+    for n0, n1, panel in _row_panels(kernels, base, x.dtype):
+        out = y[:, n0:n1]
+        start = None if bias is None else bias[n0:n1].to(x.dtype)
+        if lora_A is not None:
+            beta = 0 if start is None else 1  # with beta = 0 the addend is not read
+            torch.addmm(out if start is None else start, h, b[n0:n1].T, beta=beta, alpha=s, out=out)
+            out.addmm_(x, panel.T)
+        elif start is not None:
+            torch.addmm(start, x, panel.T, out=out)
+        else:
+            torch.mm(x, panel.T, out=out)
+
+
+def _add_token_product(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """total += scale · leftᵀ·right in fp32, a bounded piece of the tokens at a time."""
+    rows = max(1, PANEL_BYTES // (4 * max(left.shape[1], right.shape[1], 1)))
+    for piece, other in zip(left.split(rows), right.split(rows), strict=True):
+        total.addmm_(piece.float().T, other.float(), alpha=scale)
+
+
+def _token_product(out: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """out = scale · leftᵀ·right [M, L] of left [T, M] and right [T, L]: summed in fp32, rounded to out's dtype once."""
+    if left.dtype == out.dtype:
+        torch.addmm(out, left.T, right, beta=0, alpha=scale, out=out)
+        return
+    total = out.zero_() if out.dtype == torch.float32 else torch.zeros_like(out, dtype=torch.float32)
+    _add_token_product(total, left, right, scale)
+    if total is not out:
+        out.copy_(total)
+
+
+def lora_linear_backward(
+    kernels: Kernels,
+    dy: Tensor,  # [T, N]
+    x: Tensor | None,  # [T, K], needed for dA
+    h: Tensor | None,  # [T, r], needed for dB
+    base: BaseWeight,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    rng: Tensor | None,
+    dx: Tensor | None,  # [T, K]; an output that is None is not computed
+    dA: Tensor | None,  # [r, K]
+    dB: Tensor | None,  # [N, r]
+    dbias: Tensor | None,  # [N] fp32
+) -> None:
+    s = scaling / (1 - dropout_p)
+    g = None
+    if lora_A is not None and (dx is not None or dA is not None):
+        g = dy.new_empty(dy.shape[0], lora_A.shape[0])  # [T, r]
+        torch.addmm(g, dy, lora_B.to(dy.dtype), beta=0, alpha=s, out=g)
+    if dbias is not None:
+        torch.sum(dy, dim=0, dtype=dbias.dtype, out=dbias)
+    if dB is not None:
+        _token_product(dB, dy, h, s)
+    if dA is not None:
+        if dropout_p == 0:
+            _token_product(dA, g, x, 1.0)
+        else:
+            total = torch.zeros_like(dA, dtype=torch.float32)
+            for t0, t1, dropped in _dropped(kernels, x, dropout_p, rng):
+                _add_token_product(total, g[t0:t1], dropped, 1.0)
+            dA.copy_(total)
+    if dx is not None:
+        if g is not None:  # head, then mask, then the base product on top
+            torch.mm(g, lora_A.to(dy.dtype), out=dx)
+            if dropout_p > 0:
+                kernels.lora_dropout(dx, dropout_p, rng, 0, dx)
+        for k0, k1, slab in _column_slabs(kernels, base, dy.dtype):
+            out = dx[:, k0:k1]
+            if g is None:
+                torch.mm(dy, slab, out=out)
+            else:
+                out.addmm_(dy, slab)
+
+
+def explain(base: BaseWeight, dtype: torch.dtype, decoder: str) -> list[str]:
+    n, k = base.out_features, base.in_features
+    if not base.quantized:
+        return ["forward: torch's GEMM on the dense weight", "backward: torch's GEMM on the dense weight"]
+    rows = list(_spans(n, k, dtype.itemsize))
+    cols = list(_spans(k, n, dtype.itemsize))
+
+    def line(name: str, spans: list[tuple[int, int]], what: str, length: int) -> str:
+        size = spans[0][1] - spans[0][0]
+        workspace = size * length * dtype.itemsize / 2**20
+        return (
+            f"{name}: {len(spans)} panel(s) of {size} {what} of W0, each decoded by {decoder} into a workspace of "
+            f"{workspace:.1f} MiB and multiplied by torch's GEMM"
+        )
+
+    return [line("forward", rows, "rows", k), line("backward (dx)", cols, "columns", n)]

@@ -1,0 +1,195 @@
+"""Builds `lora_kernels._C`: C++ for the CPU always, CUDA where nvcc is found (no GPU is needed to build).
+
+Environment:
+  LORA_KERNELS_CUDA_ARCHS  GPU architectures, e.g. "80;90a". Default: the device of this machine, else 90a; where the
+                           variable CI is set, every supported one and PTX.
+  LORA_KERNELS_CUDA        0 leaves CUDA out.
+  CXX, NVCC                the compilers.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # setuptools < 70.1
+    from wheel.bdist_wheel import bdist_wheel
+
+ROOT = Path(__file__).parent.resolve()
+ALL_ARCHS = "80;86;89;90a;100a;120"
+PTX_ARCH = "120"  # the newest base architecture: its PTX runs on every later device
+TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11: the oldest torch that loads the library
+PYTHON_TARGET = "0x030a0000"  # Python 3.10, and the wheel tag below
+
+
+def find_nvcc() -> str | None:
+    if os.environ.get("LORA_KERNELS_CUDA", "1") == "0":
+        return None
+    candidates = [os.environ.get("NVCC"), shutil.which("nvcc")]
+    if os.environ.get("CUDA_HOME"):
+        candidates.append(os.path.join(os.environ["CUDA_HOME"], "bin", "nvcc"))
+    candidates.append("/usr/local/cuda/bin/nvcc")
+    return next((c for c in candidates if c and os.path.exists(c)), None)
+
+
+def device_archs() -> str | None:
+    """The compute capabilities of the GPUs of this machine, as nvidia-smi reports them, or None without a GPU."""
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return None
+    query = subprocess.run(
+        [smi, "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True, check=False
+    )
+    found = sorted({line.replace(".", "") for line in query.stdout.split() if re.fullmatch(r"\d+\.\d", line)})
+    # 9.0 and 10.0 have instructions that exist only in the arch-specific target.
+    return ";".join(a + "a" if a in ("90", "100") else a for a in found) or None
+
+
+def cuda_archs() -> tuple[list[str], bool]:
+    """The architectures to build for, and whether to add PTX."""
+    forced = os.environ.get("LORA_KERNELS_CUDA_ARCHS")
+    if forced:
+        archs = forced.split(";")
+        bad = [a for a in archs if not re.fullmatch(r"\d{2,3}a?", a)]
+        if bad:
+            raise SystemExit(f"LORA_KERNELS_CUDA_ARCHS: got {forced!r}; write it like {ALL_ARCHS!r}")
+        return archs, False
+    if os.environ.get("CI"):
+        return ALL_ARCHS.split(";"), True
+    return (device_archs() or "90a").split(";"), False
+
+
+def cuda_library_dir(nvcc: str) -> str:
+    """Where libcudart_static.a lies, from nvcc's own account of its root (nvcc may be a wrapper script elsewhere)."""
+    dry = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False
+    )
+    top = re.search(r"^#\$ TOP=(.*)$", dry.stderr, re.M)
+    root = Path(top.group(1)) if top else Path(nvcc).resolve().parent.parent
+    for name in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
+        if (root / name / "libcudart_static.a").exists():
+            return str((root / name).resolve())
+    raise SystemExit(
+        f"nvcc found ({nvcc}), but no libcudart_static.a under {root}; set LORA_KERNELS_CUDA=0 to leave CUDA out"
+    )
+
+
+class NinjaBuild(build_ext):
+    """Writes one build.ninja for all objects and runs it: parallel, incremental, headers tracked by depfiles."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import torch
+        from torch.utils.cpp_extension import include_paths
+
+        try:
+            from ninja import ninja_syntax
+        except ImportError as error:
+            raise SystemExit("building needs the package `ninja` (pip install ninja)") from error
+
+        build = (ROOT / self.build_temp / "lora_kernels").resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        torch_lib = Path(torch.__file__).parent / "lib"
+
+        nvcc = find_nvcc()
+        archs, ptx = cuda_archs() if nvcc else ([], False)
+        cuda_version = ""
+        if nvcc:
+            answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+            cuda_version = re.search(r"release (\d+\.\d+)", answer).group(1)
+            print(
+                f"lora_kernels: CUDA {cuda_version} code for {', '.join('sm_' + a for a in archs)}{' + PTX' if ptx else ''}"
+            )
+        else:
+            print("lora_kernels: nvcc not found: building WITHOUT the CUDA kernels (CPU kernels only)")
+
+        defines = {
+            "Py_LIMITED_API": PYTHON_TARGET,
+            "TORCH_TARGET_VERSION": TORCH_TARGET,
+            "LK_TORCH_HEADERS": f'"{torch.__version__}"',
+            "LK_CUDA_VERSION": f'"{cuda_version}"',
+            "LK_CUDA_ARCHS": '"' + ";".join(archs + (["ptx" + PTX_ARCH] if ptx else [])) + '"',
+        }
+        if nvcc:
+            defines["LK_WITH_CUDA"] = "1"
+        includes = " ".join(f"-isystem {p}" for p in [*include_paths(), sysconfig.get_path("include")])
+        cxx = shlex.split(os.environ.get("CXX", "g++"))
+        # No contraction: the NF4 format prescribes separate roundings, and bytes must not depend on the compiler.
+        cxxflags = "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Wno-psabi"
+        gencode = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
+        if ptx:
+            gencode += f" -gencode arch=compute_{PTX_ARCH},code=compute_{PTX_ARCH}"
+
+        sources = sorted((ROOT / "csrc").glob("cpu/*.cpp")) + [ROOT / "csrc" / "torch_ops.cpp"]
+        if nvcc:
+            sources += sorted((ROOT / "csrc").glob("cuda/*.cu"))
+
+        with open(build / "build.ninja", "w") as file:
+            n = ninja_syntax.Writer(file, width=110)
+            n.variable("ninja_required_version", "1.5")
+            glue = " ".join(f"-D{k}='{v}'" for k, v in defines.items())
+            n.rule(
+                "cxx",
+                f"{' '.join(cxx)} {cxxflags} $defines {includes} -MMD -MF $out.d -c $in -o $out",
+                depfile="$out.d",
+                deps="gcc",
+                description="CXX $in",
+            )
+            if nvcc:
+                n.rule(
+                    "nvcc",
+                    f"{nvcc} -std=c++20 -O3 {gencode} --threads 2 -Xcompiler -fPIC,-fvisibility=hidden "
+                    "-MMD -MF $out.d -c $in -o $out",
+                    depfile="$out.d",
+                    deps="gcc",
+                    description="NVCC $in",
+                )
+            # --no-as-needed -ltorch: otherwise the library would not depend on libtorch itself, and on a CUDA build
+            # of torch the weak stream symbol, which lives behind libtorch, would stay null.
+            cuda_libs = f"-L{cuda_library_dir(nvcc)} -lcudart_static -lrt -lpthread -ldl" if nvcc else ""
+            n.rule(
+                "link",
+                f"{' '.join(cxx)} -shared $in -o $out -Wl,--exclude-libs,ALL -L{torch_lib} "
+                f"-Wl,--no-as-needed -ltorch -Wl,--as-needed -ltorch_cpu -lc10 {cuda_libs}",
+                description="LINK $out",
+            )
+            objects = []
+            for source in sources:
+                obj = str(build / (str(source.relative_to(ROOT / "csrc")).replace(os.sep, "_") + ".o"))
+                variables = (
+                    {"defines": glue}
+                    if source.name == "torch_ops.cpp"
+                    else {"defines": f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"}
+                )
+                n.build(obj, "nvcc" if source.suffix == ".cu" else "cxx", str(source), variables=variables)
+                objects.append(obj)
+            n.build(str(target), "link", objects)
+            n.default(str(target))
+        # The plain program, not ninja.BIN_DIR: either a wheel's or the system's serves.
+        ninja = shutil.which("ninja") or str(Path(sys.executable).parent / "ninja")
+        subprocess.run([ninja, "-C", str(build)] + (["-v"] if self.verbose > 1 else []), check=True)
+
+    def get_ext_filename(self, name: str) -> str:
+        return os.path.join(*name.split(".")) + ".abi3.so"
+
+
+class Abi3Wheel(bdist_wheel):
+    def finalize_options(self) -> None:
+        self.py_limited_api = "cp310"
+        super().finalize_options()
+
+
+setup(
+    ext_modules=[Extension("lora_kernels._C", sources=[], py_limited_api=True)],
+    cmdclass={"build_ext": NinjaBuild, "bdist_wheel": Abi3Wheel},
+)
