@@ -5,6 +5,7 @@ measured from; run on fp16/bf16 inputs they are the unfused eager computation wh
 exceed by more than a quarter. Shapes: x [T, K], weight W0 [N, K], A [r, K], B [N, r], h [T, r], y [T, N].
 """
 
+import functools
 import math
 
 import torch
@@ -32,7 +33,8 @@ def _f32(value: float) -> float:
     return torch.tensor(value, dtype=torch.float32).item()
 
 
-def dynamic_map(device: torch.device | str = "cpu", signed: bool = True) -> Tensor:  # [256] fp32, ascending
+@functools.cache
+def _dynamic_values(signed: bool) -> tuple[float, ...]:
     """The 8-bit dynamic map (Dettmers et al. 2022, "8-bit optimizers via block-wise quantization", section 2).
 
     For each decade 10**(i-6), i = 0..6, the midpoints of a linear grid on [0.1, 1] of 2**i cells with both signs
@@ -50,7 +52,12 @@ def dynamic_map(device: torch.device | str = "cpu", signed: bool = True) -> Tens
         for a, b in zip(grid[:-1], grid[1:], strict=True):
             value = _f32(_f32(10.0 ** (i - 6)) * (_f32(a + b) / 2))
             values += [value, -value] if signed else [value]
-    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
+    return tuple(sorted(values))
+
+
+def dynamic_map(device: torch.device | str = "cpu", signed: bool = True) -> Tensor:
+    """The 256 values that an 8-bit code stands for, fp32 [256], ascending: of scales (signed) and optimizer states."""
+    return torch.tensor(_dynamic_values(signed), dtype=torch.float32, device=device)
 
 
 def nf4_quantize(weight: Tensor, blocksize: int = 64, double_quant: bool = True):

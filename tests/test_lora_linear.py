@@ -1,0 +1,247 @@
+"""lora_linear and its backward on every backend: accuracy against float64 truth, and the numerics of the design."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numerics import INPUT_KINDS, LIMIT, assert_accurate, make_input, relative_error
+
+import lora_kernels as lk
+from lora_kernels import panels, reference
+from lora_kernels.backends import use_backend
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Case:
+    """One random problem, its truth in float64 and the eager computation in the working dtype."""
+
+    def __init__(self, t, n, k, r, dtype, kind="normal", nf4=True, p=0.0, adapter_dtype=None, bias=True):
+        adapter_dtype = adapter_dtype or dtype
+        self.x = make_input(kind, t, k, dtype=dtype)
+        dense = (torch.randn(n, k) * k**-0.5).to(dtype)
+        self.weight = lk.nf4_quantize(dense) if nf4 else dense
+        self.A = (torch.randn(r, k) * k**-0.5).to(adapter_dtype)
+        self.B = (torch.randn(n, r) * 0.25 * r**-0.5).to(adapter_dtype)  # a delta of about a sixth of y
+        self.bias = torch.randn(n).to(dtype) if bias else None
+        self.dy = torch.randn(t, n).to(dtype)
+        self.scaling, self.p, self.rng = 0.7, p, torch.randint(0, 2**63 - 1, (2,)) if p else None
+        self.dtype = dtype
+
+    def dense(self, dtype):
+        if isinstance(self.weight, lk.NF4Weight):
+            w = self.weight
+            return reference.nf4_dequantize(*w.base_weight()[:4], tuple(w.shape), w.blocksize, dtype)
+        return self.weight.to(dtype)
+
+    def expected(self, dtype):
+        """y, dx, dA, dB, dbias by the specification in `dtype`: truth in float64, eager in the working dtype."""
+        cast = dtype if dtype == torch.float64 else None
+        x, dy, A, B = (v.to(cast or v.dtype) for v in (self.x, self.dy, self.A, self.B))
+        bias = None if self.bias is None else self.bias.to(cast or self.bias.dtype)
+        weight = self.dense(dtype)
+        y, h = reference.lora_linear(x, weight, A, B, self.scaling, bias, self.p, self.rng)
+        grads = reference.lora_linear_backward(dy, x, h, weight, A, B, self.scaling, self.p, self.rng)
+        return (y, *grads)
+
+    def computed(self):
+        """The same by the public function and autograd."""
+        leaves = [v.clone().requires_grad_() for v in (self.x, self.A, self.B)]
+        bias = None if self.bias is None else self.bias.clone().requires_grad_()
+        y = lk.lora_linear(
+            leaves[0],
+            self.weight,
+            *leaves[1:],
+            scaling=self.scaling,
+            bias=bias,
+            dropout_p=self.p,
+            rng=self.rng,
+        )
+        y.backward(self.dy)
+        return (y.detach(), *(leaf.grad for leaf in leaves), None if bias is None else bias.grad)
+
+    def results(self):
+        """What was computed, eager's and the truth, for each of y, dx, dA, dB, dbias."""
+        return list(
+            zip(self.computed(), self.expected(self.dtype), self.expected(torch.float64), strict=True)
+        )
+
+
+def check(*shape, draws=1, **options):
+    """Asserts the accuracy of every output on `draws` fresh problems, taken together."""
+    cases = [Case(*shape, **options) for _ in range(draws)]
+    results = zip(*(case.results() for case in cases), strict=True)
+    for name, versions in zip(("y", "dx", "dA", "dB", "dbias"), results, strict=True):
+        if versions[0][0] is not None:
+            out, eager, truth = (torch.cat(parts) for parts in zip(*versions, strict=True))
+            assert_accurate(name, out, eager, truth, cases[0].dtype)
+
+
+def draws_for(kind):
+    """An outlier channel leaves dA with r values that matter: one draw cannot tell two error levels apart."""
+    return 12 if kind == "outlier channel" else 1
+
+
+@pytest.mark.parametrize("kind", INPUT_KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_forward_and_gradients_are_as_accurate_as_eager(kind, dtype, p, kernels):
+    check(72, 256, 512, 16, dtype=dtype, kind=kind, p=p, draws=draws_for(kind))
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("kind", INPUT_KINDS)
+def test_float32_adapters_on_a_16_bit_base(dtype, kind, kernels):
+    options = {"dtype": dtype, "kind": kind, "p": 0.1, "adapter_dtype": torch.float32}
+    check(64, 192, 448, 16, **options, draws=draws_for(kind))
+    assert [out.dtype for out in Case(64, 192, 448, 16, **options).computed()] == [dtype, dtype, torch.float32, torch.float32, dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dense_base(dtype, kernels):
+    check(64, 160, 320, 16, dtype=dtype, kind="gelu", nf4=False, p=0.1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["magnitudes", "gelu"])
+def test_long_inner_dimensions(dtype, kind, kernels):
+    """K = 14336 and, for dx, N = 14336: several panels and slabs, and sums long enough to show a bias."""
+    check(64, 80, 14336, 8, dtype=dtype, kind=kind)
+    check(64, 14336, 80, 8, dtype=dtype, kind=kind)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_panels_of_any_size_give_the_same_result(dtype, monkeypatch):
+    case = Case(33, 300, 200, 5, dtype, "gelu", p=0.3)
+    with use_backend("cpu"):
+        whole = case.computed()
+        for panel_bytes in (1, 64 * 200 * 4, 130 * 200 * 2):
+            monkeypatch.setattr(panels, "PANEL_BYTES", panel_bytes)
+            check(33, 300, 200, 25, dtype=dtype, kind="gelu", p=0.3)
+            for out, other in zip(case.computed(), whole, strict=True):
+                assert relative_error(out, other.double()) <= LIMIT[dtype]
+
+
+def test_the_workspace_is_a_panel_and_not_the_weight(monkeypatch):
+    sizes, real = [], torch.empty
+
+    def recording(*args, **kwargs):
+        out = real(*args, **kwargs)
+        sizes.append(out.nbytes)
+        return out
+
+    case = Case(8, 1024, 1024, 4, torch.float32)
+    monkeypatch.setattr(panels, "PANEL_BYTES", 256 << 10)
+    monkeypatch.setattr(panels.torch, "empty", recording)
+    with use_backend("cpu"):
+        case.computed()
+    assert sizes and max(sizes) <= 256 << 10
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    leading=st.lists(st.integers(0, 5), min_size=0, max_size=3),
+    n=st.integers(1, 70),
+    k=st.integers(1, 150),
+    r=st.integers(1, 20),
+    nf4=st.booleans(),
+    p=st.sampled_from((0.0, 0.4)),
+    dtype=st.sampled_from(DTYPES),
+    backend_name=st.sampled_from(("reference", "cpu")),
+)
+def test_any_shape_and_rank_of_x(leading, n, k, r, nf4, p, dtype, backend_name):
+    t = 1
+    for size in leading:
+        t *= size
+    case = Case(max(t, 1), n, k, r, dtype, nf4=nf4, p=p)
+    case.x, case.dy = case.x[:t], case.dy[:t]
+    with use_backend(backend_name):
+        leaf = case.x.reshape(*leading, k).clone().requires_grad_()
+        A, B = (m.clone().requires_grad_() for m in (case.A, case.B))
+        y = lk.lora_linear(leaf, case.weight, A, B, scaling=0.7, bias=case.bias, dropout_p=p, rng=case.rng)
+        assert y.shape == (*leading, n) and y.dtype == dtype and y.is_contiguous()
+        y.backward(case.dy.reshape(y.shape))
+    assert leaf.grad.shape == leaf.shape and A.grad.shape == A.shape and B.grad.shape == B.shape
+    if t == 0:
+        assert not A.grad.any() and not B.grad.any()
+        return
+    tolerance = {torch.float32: 1e-5, torch.float16: 6e-3, torch.bfloat16: 5e-2}[dtype]
+    truths = case.expected(torch.float64)[:4]
+    outs = (y.detach().reshape(t, n), leaf.grad.reshape(t, k), A.grad, B.grad)
+    for out, truth in zip(outs, truths, strict=True):
+        assert float((out.double() - truth).abs().max()) <= tolerance * (1 + float(truth.abs().max()))
+
+
+def test_strides_do_not_matter(backend):
+    case = Case(24, 40, 64, 4, torch.float32)
+    wanted = case.computed()
+    wide = torch.randn(24, 130)
+    wide[:, 1:129:2] = case.x
+    transposed = case.x.T.contiguous().T
+    for x in (wide[:, 1:129:2], transposed):
+        assert torch.equal(x, case.x)
+        case.x = x
+        A, B = (m.T.contiguous().T.requires_grad_() for m in (case.A, case.B))
+        leaf = x.detach().requires_grad_()
+        y = lk.lora_linear(leaf, case.weight, A, B, scaling=0.7, bias=case.bias)
+        y.backward(case.dy.T.contiguous().T)
+        for out, want in zip((y, leaf.grad, A.grad, B.grad), wanted, strict=False):
+            torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
+
+
+def test_expanded_inputs_and_gradients(backend):
+    """Stride 0 in x (expand) and in dy (the gradient of sum)."""
+    case = Case(1, 40, 64, 4, torch.float32, p=0.2)
+    leaf = case.x.clone().requires_grad_()
+    arguments = {"scaling": 0.7, "dropout_p": 0.2, "rng": case.rng}
+    y = lk.lora_linear(leaf.expand(6, 64), case.weight, case.A, case.B, **arguments)
+    y.sum().backward()
+    again = case.x.expand(6, 64).contiguous().requires_grad_()
+    y2 = lk.lora_linear(again, case.weight, case.A, case.B, **arguments)
+    y2.backward(torch.ones(6, 40))
+    torch.testing.assert_close(y, y2)
+    torch.testing.assert_close(leaf.grad, again.grad.sum(0, keepdim=True), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_does_not_depend_on_the_values_of_other_rows(dtype):
+    case = Case(40, 96, 128, 8, dtype)
+    arguments = {"scaling": 0.7, "bias": case.bias}
+    with use_backend("cpu"):
+        y = lk.lora_linear(case.x, case.weight, case.A, case.B, **arguments)
+        other = case.x.clone()
+        other[20:] = torch.randn(20, 128).to(dtype) * 50
+        changed = lk.lora_linear(other, case.weight, case.A, case.B, **arguments)
+    assert torch.equal(y[:20], changed[:20])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_results_are_deterministic(dtype, backend):
+    case = Case(50, 200, 300, 12, dtype, p=0.1)
+    first, second = case.computed(), case.computed()
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_zero_B_gives_exactly_the_base(backend):
+    for dtype in DTYPES:
+        case = Case(16, 64, 128, 8, dtype)
+        case.B.zero_()
+        y = lk.lora_linear(case.x, case.weight, case.A, case.B, scaling=2.0, bias=case.bias)
+        assert torch.equal(y, lk.lora_linear(case.x, case.weight, bias=case.bias))
+
+
+def test_inputs_are_not_changed(backend):
+    case = Case(16, 64, 96, 4, torch.bfloat16, p=0.3)
+    tensors = [case.x, case.A, case.B, case.bias, case.dy, case.rng, *case.weight.tensors().values()]
+    before = [t.clone() for t in tensors]
+    case.computed()
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+
+
+@pytest.mark.parametrize("scaling", [0.0, -1.5, 1e-3])
+def test_any_finite_scaling(scaling, backend):
+    case = Case(72, 64, 80, 8, torch.float32, p=0.1)
+    case.scaling = scaling
+    y, dx, dA, dB, _ = case.computed()
+    for out, truth in zip((y, dx, dA, dB), case.expected(torch.float64), strict=False):
+        torch.testing.assert_close(out.double(), truth, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,181 @@
+"""nf4_quantize on every backend: the same bytes as the specification, and as bitsandbytes."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lora_kernels as lk
+from lora_kernels import reference
+from lora_kernels.backends import use_backend
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+BACKENDS = ("reference", "cpu")
+
+
+def adversarial(name: str, n: int, k: int) -> torch.Tensor:
+    """fp32 weights that sit where implementations differ."""
+    w = torch.randn(n, k)
+    flat = w.view(-1)
+    if name == "ties":  # exactly on the midpoints between codes, at scales that keep them exact
+        codes = reference.codebook()
+        mid = ((codes[1:].double() + codes[:-1].double()) / 2).float()
+        flat[:] = mid[torch.randint(15, flat.shape)] * 2.0 ** torch.randint(-8, 8, (1,)).item()
+        flat[::64] = 2.0 ** torch.randint(-8, 8, (1,)).item()
+    elif name == "zeros":
+        flat[:] = 0
+        flat[1::5] = -0.0
+    elif name == "zero blocks":
+        flat[: flat.numel() // 2] = 0
+    elif name == "subnormal":
+        flat *= 1e-40
+    elif name == "tiny":
+        flat *= 3e-38
+    elif name == "huge":
+        flat *= 1e37
+    elif name == "outlier":
+        flat[torch.randint(flat.numel(), ()).item()] = 3e4
+    elif name == "equal":
+        flat[:] = -0.37
+    elif name == "codes":
+        flat[:] = reference.codebook()[torch.randint(16, flat.shape)]
+    return w
+
+
+KINDS = ("normal", "ties", "zeros", "zero blocks", "subnormal", "tiny", "huge", "outlier", "equal", "codes")
+SHAPES = ((16, 64), (5, 77), (1, 1), (3, 21), (2, 4096), (33, 65))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bytes_equal_the_specification(kind, dtype, backend):
+    for shape in SHAPES:
+        for blocksize in (32, 64, 4096):
+            w = adversarial(kind, *shape).to(dtype)
+            if not torch.isfinite(w).all():
+                w = w.clamp(-6e4, 6e4)
+            got = lk.nf4_quantize(w, blocksize)
+            wanted = reference.nf4_quantize(w, blocksize)
+            for ours, spec in zip(got.tensors().values(), wanted, strict=True):
+                assert torch.equal(ours, spec), (shape, blocksize)
+
+
+@pytest.mark.parametrize("blocksize", [32, 64, 128, 256, 512, 1024, 2048, 4096])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_codes_and_scales_equal_bitsandbytes(blocksize, dtype, backend):
+    """bitsandbytes' CPU path, byte for byte, on every kind of input."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    for kind in KINDS:
+        for shape in SHAPES:
+            w = adversarial(kind, *shape).to(dtype).clamp(-6e4, 6e4)
+            packed, state = functional.quantize_4bit(w, blocksize=blocksize, quant_type="nf4")
+            ours = lk.nf4_quantize(w, blocksize, double_quant=False)
+            assert torch.equal(ours.packed, packed), (kind, shape)
+            assert torch.equal(ours.absmax, state.absmax), (kind, shape)
+
+
+def test_double_quantised_scales_are_no_worse_than_bitsandbytes(backend):
+    """Ours are the true nearest entries; bitsandbytes' CPU path takes a coarse table. Few codes differ."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    w = torch.randn(1024, 1024) * torch.rand(1024, 1)
+    _, state = functional.quantize_4bit(w, quant_type="nf4", compress_statistics=True)
+    exact = functional.quantize_4bit(w, quant_type="nf4")[1].absmax
+    ours = lk.nf4_quantize(w)
+    differing = (ours.absmax != state.absmax).double().mean().item()
+    assert differing < 0.02
+    torch.testing.assert_close(ours.nested_absmax, state.state2.absmax, rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours.offset, state.offset, rtol=1e-6, atol=0)
+    decoded = reference.dequantize_absmax(ours.absmax, ours.nested_absmax, ours.offset)
+    theirs = reference.dequantize_absmax(state.absmax, state.state2.absmax, state.offset)
+    assert (decoded - exact).norm() <= (theirs - exact).norm() * (1 + 1e-6)
+
+
+def test_each_scale_code_is_the_nearest_entry(backend):
+    w = torch.randn(300, 640) * torch.rand(300, 1)
+    plain, nested = lk.nf4_quantize(w, double_quant=False), lk.nf4_quantize(w)
+    centred = (plain.absmax - nested.offset).double()
+    scale = nested.nested_absmax.double().repeat_interleave(256)[: centred.numel()]
+    entries = reference.dynamic_map().double()
+    distance = (centred[:, None] - entries * scale[:, None]).abs()
+    chosen = distance.gather(1, nested.absmax.long()[:, None]).squeeze(1)
+    assert torch.equal(chosen, distance.min(dim=1).values)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(1, 40),
+    k=st.integers(1, 300),
+    blocksize=st.sampled_from(reference.NF4_BLOCKSIZES),
+    double_quant=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_every_shape_gives_the_same_bytes_on_every_backend(n, k, blocksize, double_quant, dtype, seed):
+    w = (torch.randn(n, k, generator=torch.Generator().manual_seed(seed)) * 0.1).to(dtype)
+    results = []
+    for name in BACKENDS:
+        with use_backend(name):
+            results.append(lk.nf4_quantize(w, blocksize, double_quant))
+    for other in results[1:]:
+        for a, b in zip(results[0].tensors().values(), other.tensors().values(), strict=True):
+            assert torch.equal(a, b)
+    weight = results[0]
+    assert weight.packed.shape == (-(-n * k // 2), 1)
+    assert weight.nbytes == lk.nf4.nf4_bytes(n * k, blocksize, double_quant)
+
+
+def test_strided_weights_are_read_in_row_major_order(backend):
+    w = torch.randn(48, 130)
+    for view in (w.T, w[::3, 1::2], w[:, 5:70]):
+        assert torch.equal(lk.nf4_quantize(view).packed, lk.nf4_quantize(view.contiguous()).packed)
+
+
+def test_bytes_do_not_depend_on_the_number_of_threads():
+    w = torch.randn(512, 1100)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(lk.nf4_quantize(w))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for a, b in zip(results[0].tensors().values(), other.tensors().values(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_an_empty_weight_has_no_bytes(backend):
+    weight = lk.nf4_quantize(torch.empty(0, 16))
+    assert weight.packed.numel() == 0 and weight.dequantize().shape == (0, 16)
+
+
+def test_the_weight_is_not_changed(backend):
+    w = torch.randn(8, 64)
+    before = w.clone()
+    lk.nf4_quantize(w)
+    assert torch.equal(w, before)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_non_finite_weights_are_refused(bad, dtype, backend):
+    w = torch.randn(70, 67).to(dtype)
+    w[torch.randint(70, ()).item(), torch.randint(67, ()).item()] = bad
+    with pytest.raises(ValueError, match="weight holds a NaN or an infinity"):
+        lk.nf4_quantize(w)
+
+
+@pytest.mark.parametrize(
+    ("weight", "blocksize", "error", "message"),
+    [
+        (torch.randn(4, 64), 48, ValueError, "blocksize is 48"),
+        (torch.randn(4, 64), 16, ValueError, "blocksize is 16"),
+        (torch.randn(64), 64, ValueError, "expected 2 dimensions"),
+        (torch.randn(4, 64).double(), 64, TypeError, "weight has dtype torch.float64"),
+        (torch.ones(4, 64, dtype=torch.int32), 64, TypeError, "weight has dtype torch.int32"),
+    ],
+)
+def test_bad_arguments_are_named(weight, blocksize, error, message, backend):
+    with pytest.raises(error, match=message):
+        lk.nf4_quantize(weight, blocksize)
