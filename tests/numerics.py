@@ -1,8 +1,8 @@
 """How results are judged: against float64 truth, beside the unfused eager computation in the same dtype.
 
-Three bounds for every output: the norm of the error at most 1.25 times eager's; the same relative to the truth at most
-LIMIT; and the rms error of every 8 x 8 tile at most 4 · LIMIT · rms(truth), so that one wrong tile cannot hide in a
-large norm.
+Three bounds for every output: the norm of the error at most 1.25 times eager's; the same relative to the
+truth at most LIMIT; and the rms error of every 8 x 8 tile at most 4 · LIMIT · rms(truth), so that one wrong
+tile cannot hide in a large norm.
 """
 
 import torch
@@ -13,7 +13,7 @@ INPUT_KINDS = ("normal", "magnitudes", "gelu", "outlier channel")
 
 
 def make_input(kind: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Random x of one of INPUT_KINDS. Activations have a mean, and outliers; normal inputs hide errors of both."""
+    """Random x of one of INPUT_KINDS: activations have a mean and outliers, and normal inputs hide both."""
     x = torch.randn(*shape)
     if kind == "magnitudes":
         x = x.abs()
@@ -31,8 +31,8 @@ def relative_error(out: Tensor, truth: Tensor) -> float:
 def worst_tile(out: Tensor, truth: Tensor) -> float:
     """The largest rms error of an 8 x 8 tile (ragged at the edges), relative to the rms of the truth.
 
-    Where the truth itself is larger in a tile than on average (an outlier channel puts nearly all of dA into one
-    column) rounding errors are in proportion, eager's too: there the error is relative to the tile's own rms.
+    Where the truth itself is larger in a tile than on average (an outlier channel puts nearly all of dA into
+    one column) rounding errors are in proportion, eager's too: there it is relative to the tile's own rms.
     """
     error = (out.double() - truth).square()
     if error.dim() == 1:
@@ -51,14 +51,18 @@ def worst_tile(out: Tensor, truth: Tensor) -> float:
 
 
 def assert_accurate(name: str, out: Tensor, eager: Tensor, truth: Tensor, limit_dtype: torch.dtype) -> None:
-    """Asserts the three bounds. `limit_dtype` is the dtype that the inputs of the computation were rounded to."""
+    """Asserts the three bounds; `limit_dtype` is the dtype that the inputs were rounded to."""
     assert out.shape == truth.shape
     assert bool(torch.isfinite(out).all()), f"{name}: not finite"
     limit = LIMIT[limit_dtype]
-    error, eager_error, tile = relative_error(out, truth), relative_error(eager, truth), worst_tile(out, truth)
+    error, eager_error, tile = (
+        relative_error(out, truth),
+        relative_error(eager, truth),
+        worst_tile(out, truth),
+    )
     assert error <= limit, f"{name}: relative error {error:.2e} > {limit:.0e}"
     assert tile <= 4 * limit, f"{name}: an 8x8 tile is off by {tile:.2e} of the rms"
     if truth.numel() >= 4096:  # fewer outputs do not tell two error levels apart
-        # fp32 sums in another order differ by more than a quarter without either being worse; the limit binds there.
+        # fp32 sums in another order differ by more than a quarter without either being worse.
         floor = 2e-7 if limit_dtype == torch.float32 else 0.0
         assert error <= max(1.25 * eager_error, floor), f"{name}: error {error:.3e}, eager {eager_error:.3e}"

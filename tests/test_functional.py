@@ -223,7 +223,9 @@ def test_float64_needs_the_reference_backend():
 def test_gradcheck_of_the_public_function_in_float64():
     weight = lk.nf4_quantize(torch.randn(5, 7))
     rng = torch.tensor([1, 2])
-    leaves = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 7), (2, 7), (5, 2), (5,))]
+    leaves = [
+        torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 7), (2, 7), (5, 2), (5,))
+    ]
     with lk.use_backend("reference"):
         assert torch.autograd.gradcheck(
             lambda x, A, B, b: lk.lora_linear(x, weight, A, B, scaling=0.7, bias=b, dropout_p=0.3, rng=rng),

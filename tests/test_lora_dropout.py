@@ -1,4 +1,4 @@
-"""The dropout mask is one function of (seed, offset, element), on every backend and for every way of cutting x."""
+"""The dropout mask is one function of (seed, offset, element), on every backend, however x is cut."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
     dtype=st.sampled_from(DTYPES),
 )
 def test_dropout_mask_is_the_same_on_every_backend(n, first, p, seed, offset, dtype):
-    """Compared with words drawn one counter at a time, so that a start far into a large x needs no large mask."""
+    """Compared with the words of just these counters: a start far into a large x needs no large mask."""
     x = torch.rand(n).to(dtype) + 1
     rng = torch.tensor([seed, offset])
     out = torch.full_like(x, float("nan"))

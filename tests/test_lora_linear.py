@@ -1,4 +1,4 @@
-"""lora_linear and its backward on every backend: accuracy against float64 truth, and the numerics of the design."""
+"""lora_linear and its backward on every backend: accuracy against float64 truth, shapes, strides, purity."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ class Case:
         return self.weight.to(dtype)
 
     def expected(self, dtype):
-        """y, dx, dA, dB, dbias by the specification in `dtype`: truth in float64, eager in the working dtype."""
+        """y, dx, dA, dB, dbias by the specification: truth in float64, eager in the working dtype."""
         cast = dtype if dtype == torch.float64 else None
         x, dy, A, B = (v.to(cast or v.dtype) for v in (self.x, self.dy, self.A, self.B))
         bias = None if self.bias is None else self.bias.to(cast or self.bias.dtype)
@@ -94,7 +94,13 @@ def test_forward_and_gradients_are_as_accurate_as_eager(kind, dtype, p, kernels)
 def test_float32_adapters_on_a_16_bit_base(dtype, kind, kernels):
     options = {"dtype": dtype, "kind": kind, "p": 0.1, "adapter_dtype": torch.float32}
     check(64, 192, 448, 16, **options, draws=draws_for(kind))
-    assert [out.dtype for out in Case(64, 192, 448, 16, **options).computed()] == [dtype, dtype, torch.float32, torch.float32, dtype]
+    assert [out.dtype for out in Case(64, 192, 448, 16, **options).computed()] == [
+        dtype,
+        dtype,
+        torch.float32,
+        torch.float32,
+        dtype,
+    ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

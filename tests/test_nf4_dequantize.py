@@ -71,7 +71,7 @@ def test_equals_bitsandbytes(dtype, blocksize, backend):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_extreme_scales_round_as_the_format_says(dtype, backend):
-    """Overflow to infinity, subnormal results, and zero: one rounding of the fp32 product, whatever the scale."""
+    """Overflow to infinity, subnormal results, zero: one rounding of the fp32 product, whatever the scale."""
     scales = torch.tensor([0.0, 1e-45, 1e-40, 6e-8, 5.9e-8, 6.1e-5, 1.0, 65504.0, 65520.0, 1e30, 3.4e38])
     packed = (torch.arange(16) * 16 + torch.arange(16).flip(0)).to(torch.uint8).repeat(2 * len(scales), 1)
     weight = lk.NF4Weight(packed.reshape(-1, 1), scales, None, None, (len(scales), 64), 64, dtype)
@@ -128,5 +128,5 @@ def test_tensors_that_do_not_fit_are_named(backend):
     ]:
         with pytest.raises((ValueError, TypeError), match=message):
             dequantize(**changed)
-    with pytest.raises(TypeError, match="dtype has dtype torch.int8"):
+    with pytest.raises(TypeError, match=r"dtype has dtype torch\.int8"):
         good.dequantize(torch.int8)

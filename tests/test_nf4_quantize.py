@@ -22,6 +22,17 @@ def adversarial(name: str, n: int, k: int) -> torch.Tensor:
         mid = ((codes[1:].double() + codes[:-1].double()) / 2).float()
         flat[:] = mid[torch.randint(15, flat.shape)] * 2.0 ** torch.randint(-8, 8, (1,)).item()
         flat[::64] = 2.0 ** torch.randint(-8, 8, (1,)).item()
+    elif (
+        name == "near ties"
+    ):  # a few ulp from midpoint · absmax, where x / m and x · (1/m) get different codes
+        codes = reference.codebook()
+        mid = ((codes[1:].double() + codes[:-1].double()) / 2).float()
+        largest = torch.rand(()) + 0.5
+        flat[:] = mid[torch.randint(15, flat.shape)] * largest
+        flat[:] = (flat.view(torch.int32) + torch.randint(-2, 3, flat.shape, dtype=torch.int32)).view(
+            torch.float32
+        )
+        flat[::32] = largest
     elif name == "zeros":
         flat[:] = 0
         flat[1::5] = -0.0
@@ -42,13 +53,16 @@ def adversarial(name: str, n: int, k: int) -> torch.Tensor:
     return w
 
 
-KINDS = ("normal", "ties", "zeros", "zero blocks", "subnormal", "tiny", "huge", "outlier", "equal", "codes")
+KINDS = (
+    *("normal", "ties", "near ties", "zeros", "zero blocks", "subnormal"),
+    *("tiny", "huge", "outlier", "equal", "codes"),
+)
 SHAPES = ((16, 64), (5, 77), (1, 1), (3, 21), (2, 4096), (33, 65))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_bytes_equal_the_specification(kind, dtype, backend):
+def test_bytes_equal_the_specification(kind, dtype, kernels):
     for shape in SHAPES:
         for blocksize in (32, 64, 4096):
             w = adversarial(kind, *shape).to(dtype)
@@ -62,7 +76,7 @@ def test_bytes_equal_the_specification(kind, dtype, backend):
 
 @pytest.mark.parametrize("blocksize", [32, 64, 128, 256, 512, 1024, 2048, 4096])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_codes_and_scales_equal_bitsandbytes(blocksize, dtype, backend):
+def test_codes_and_scales_equal_bitsandbytes(blocksize, dtype, kernels):
     """bitsandbytes' CPU path, byte for byte, on every kind of input."""
     functional = pytest.importorskip("bitsandbytes.functional")
     for kind in KINDS:
@@ -99,6 +113,26 @@ def test_each_scale_code_is_the_nearest_entry(backend):
     distance = (centred[:, None] - entries * scale[:, None]).abs()
     chosen = distance.gather(1, nested.absmax.long()[:, None]).squeeze(1)
     assert torch.equal(chosen, distance.min(dim=1).values)
+
+
+def test_scale_codes_are_exact_beside_a_tie(backend):
+    """Scales 1 ± d with d a few 2^-23 from every midpoint: their mean is exactly 1, so d gets the code."""
+    entries = reference.dynamic_map().double()
+    ties = (entries[1:] + entries[:-1]).abs() / 2 * 0.5
+    grid = 2.0**-23
+    near = ((ties / grid).round()[:, None] + torch.arange(-2, 3)).reshape(-1) * grid
+    near = near.clamp(0, 0.5)
+    near = torch.nn.functional.pad(near, (0, -near.numel() % 127)).reshape(-1, 127)
+    near = torch.cat([near, torch.full((len(near), 1), 0.5)], dim=1)  # every 256 scales reach exactly 0.5
+    scales = torch.cat([1 + near, 1 - near], dim=1).reshape(-1).float()
+    w = torch.zeros(scales.numel(), 32)
+    w[:, 5] = scales
+    got = lk.nf4_quantize(w, 32)
+    assert got.offset == 1 and bool((got.nested_absmax == 0.5).all())
+    centred = scales.double() - 1
+    midpoints = (entries[1:] + entries[:-1]) / 2 * 0.5
+    wanted = (centred[:, None] > midpoints).sum(dim=1)
+    assert torch.equal(got.absmax.long(), wanted)
 
 
 @settings(max_examples=40, deadline=None)

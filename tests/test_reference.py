@@ -10,7 +10,9 @@ from lora_kernels import reference
 
 
 def words(counter, key):
-    return [f"{w:08x}" for w in reference.philox4x32_10(torch.tensor([counter]), torch.tensor(key))[0].tolist()]
+    return [
+        f"{w:08x}" for w in reference.philox4x32_10(torch.tensor([counter]), torch.tensor(key))[0].tolist()
+    ]
 
 
 def test_philox_matches_the_published_known_answers():
@@ -57,7 +59,9 @@ def test_dynamic_map_is_the_published_one():
 @pytest.mark.parametrize("signed", [True, False])
 def test_dynamic_map_equals_bitsandbytes(signed):
     functional = pytest.importorskip("bitsandbytes.functional")
-    assert torch.equal(reference.dynamic_map(signed=signed), functional.create_dynamic_map(signed=signed).float())
+    assert torch.equal(
+        reference.dynamic_map(signed=signed), functional.create_dynamic_map(signed=signed).float()
+    )
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -83,7 +87,9 @@ def test_lora_linear_passes_gradcheck_in_float64():
     def f(x, A, B, bias):
         return reference.lora_linear(x, weight, A, B, 0.5, bias, 0.25, rng)[0]
 
-    inputs = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 5), (2, 5), (4, 2), (4,))]
+    inputs = [
+        torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 5), (2, 5), (4, 2), (4,))
+    ]
     assert gradcheck(f, inputs)
 
 
