@@ -1,7 +1,8 @@
 """Builds `lora_kernels._C`: C++ for the CPU always, CUDA where nvcc is found (no GPU is needed to build).
 
 Environment:
-  LORA_KERNELS_CUDA_ARCHS  GPU architectures, e.g. "80;90a". Default: the device of this machine, else 90a; where the
+  LORA_KERNELS_CUDA_ARCHS  GPU architectures, e.g. "80;90a". Default: the device of this machine, else 90a;
+  where the
                            variable CI is set, every supported one and PTX.
   LORA_KERNELS_CUDA        0 leaves CUDA out.
   CXX, NVCC                the compilers.
@@ -42,7 +43,7 @@ def find_nvcc() -> str | None:
 
 
 def device_archs() -> str | None:
-    """The compute capabilities of the GPUs of this machine, as nvidia-smi reports them, or None without a GPU."""
+    """The architectures of the GPUs of this machine, from nvidia-smi, or None without a GPU."""
     smi = shutil.which("nvidia-smi")
     if smi is None:
         return None
@@ -69,7 +70,7 @@ def cuda_archs() -> tuple[list[str], bool]:
 
 
 def cuda_library_dir(nvcc: str) -> str:
-    """Where libcudart_static.a lies, from nvcc's own account of its root (nvcc may be a wrapper script elsewhere)."""
+    """Where libcudart_static.a lies: nvcc, which may be a wrapper script elsewhere, tells its root."""
     dry = subprocess.run(
         [nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False
     )
@@ -79,12 +80,12 @@ def cuda_library_dir(nvcc: str) -> str:
         if (root / name / "libcudart_static.a").exists():
             return str((root / name).resolve())
     raise SystemExit(
-        f"nvcc found ({nvcc}), but no libcudart_static.a under {root}; set LORA_KERNELS_CUDA=0 to leave CUDA out"
+        f"nvcc found ({nvcc}), but no libcudart_static.a under {root}; LORA_KERNELS_CUDA=0 leaves CUDA out"
     )
 
 
 class NinjaBuild(build_ext):
-    """Writes one build.ninja for all objects and runs it: parallel, incremental, headers tracked by depfiles."""
+    """Writes one build.ninja for all objects and runs it: parallel, incremental, with headers tracked."""
 
     def build_extension(self, ext: Extension) -> None:
         import torch
@@ -107,9 +108,8 @@ class NinjaBuild(build_ext):
         if nvcc:
             answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
             cuda_version = re.search(r"release (\d+\.\d+)", answer).group(1)
-            print(
-                f"lora_kernels: CUDA {cuda_version} code for {', '.join('sm_' + a for a in archs)}{' + PTX' if ptx else ''}"
-            )
+            targets = ["sm_" + arch for arch in archs] + ["PTX"] * ptx
+            print(f"lora_kernels: CUDA {cuda_version} code for {', '.join(targets)}")
         else:
             print("lora_kernels: nvcc not found: building WITHOUT the CUDA kernels (CPU kernels only)")
 
@@ -124,7 +124,8 @@ class NinjaBuild(build_ext):
             defines["LK_WITH_CUDA"] = "1"
         includes = " ".join(f"-isystem {p}" for p in [*include_paths(), sysconfig.get_path("include")])
         cxx = shlex.split(os.environ.get("CXX", "g++"))
-        # No contraction: the NF4 format prescribes separate roundings, and bytes must not depend on the compiler.
+        # No contraction: the NF4 format prescribes separate roundings, and bytes must not depend on the
+        # compiler.
         cxxflags = "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra"
         # GCC 12 warns inside its own AVX-512 header (`__m512i __Y = __Y`, GCC bug 105593).
         cxxflags += " -Wno-uninitialized -Wno-maybe-uninitialized"
@@ -132,7 +133,7 @@ class NinjaBuild(build_ext):
         if ptx:
             gencode += f" -gencode arch=compute_{PTX_ARCH},code=compute_{PTX_ARCH}"
 
-        sources = sorted((ROOT / "csrc").glob("cpu/*.cpp")) + [ROOT / "csrc" / "torch_ops.cpp"]
+        sources = [*sorted((ROOT / "csrc").glob("cpu/*.cpp")), ROOT / "csrc" / "torch_ops.cpp"]
         if nvcc:
             sources += sorted((ROOT / "csrc").glob("cuda/*.cu"))
 
@@ -156,8 +157,8 @@ class NinjaBuild(build_ext):
                     deps="gcc",
                     description="NVCC $in",
                 )
-            # --no-as-needed -ltorch: otherwise the library would not depend on libtorch itself, and on a CUDA build
-            # of torch the weak stream symbol, which lives behind libtorch, would stay null.
+            # --no-as-needed -ltorch: otherwise the library would not depend on libtorch itself, and on a
+            # CUDA build of torch the weak stream symbol, which lives behind libtorch, would stay null.
             cuda_libs = f"-L{cuda_library_dir(nvcc)} -lcudart_static -lrt -lpthread -ldl" if nvcc else ""
             n.rule(
                 "link",

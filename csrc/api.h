@@ -1,8 +1,8 @@
 // The plain C boundary between torch_ops.cpp and the kernels: every launcher, its shapes, its status codes.
 //
-// Launchers compute and nothing else: arguments are checked and outputs allocated in lora_kernels/ops.py, so pointers
-// are valid, sizes agree and dtypes are supported when a launcher is called. All tensors are contiguous unless a
-// stride is passed. Sizes are int64: a flat index may exceed 2^31.
+// Launchers compute and nothing else: arguments are checked and outputs allocated in lora_kernels/ops.py, so
+// pointers are valid, sizes agree and dtypes are supported when a launcher is called. All tensors are
+// contiguous unless a stride is passed. Sizes are int64: a flat index may exceed 2^31.
 #pragma once
 #include <stdint.h>
 
@@ -37,9 +37,10 @@ typedef struct lk_region {
   int64_t col, cols;    // columns [col, col + cols) of K
 } lk_region;
 
-// nf4_quantize: weight [n] -> packed [ceil(n/2)], absmax fp32 [ceil(n/blocksize)]. LK_NONFINITE leaves the outputs
-// unspecified.
-int lk_cpu_nf4_quantize(const void* weight, int dtype, int64_t n, int64_t blocksize, uint8_t* packed, float* absmax);
+// nf4_quantize: weight [n] -> packed [ceil(n/2)], absmax fp32 [ceil(n/blocksize)]. LK_NONFINITE leaves the
+// outputs unspecified.
+int lk_cpu_nf4_quantize(const void* weight, int dtype, int64_t n, int64_t blocksize, uint8_t* packed,
+                        float* absmax);
 
 // The second level: absmax [blocks] -> codes [blocks], nested_absmax [ceil(blocks / 256)], offset [1].
 // offset = mean(absmax), summed in double in index order; a code is the true nearest entry, a tie going down.
@@ -54,7 +55,8 @@ int lk_cuda_nf4_dequantize(const lk_nf4_weight* weight, const lk_region* region,
 
 // lora_dropout: out[i] = x[i] where the Philox word of element first + i is kept, else 0. Not scaled.
 // rng: [2] int64 (seed, offset).
-int lk_cpu_lora_dropout(const void* x, int dtype, int64_t n, int64_t first, double p, const int64_t* rng, void* out);
+int lk_cpu_lora_dropout(const void* x, int dtype, int64_t n, int64_t first, double p, const int64_t* rng,
+                        void* out);
 
 // Which instruction set the CPU kernels use in this process: "avx512" or "portable".
 const char* lk_cpu_isa(void);

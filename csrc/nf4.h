@@ -1,9 +1,10 @@
 // NF4 and its double-quantised scales: the one statement of the format in C++, used by every backend.
 //
 //   W [N, K] is flattened row-major to n = N*K elements, in blocks of `blocksize`; a block may straddle rows.
-//   w[i] = codebook[nibble(i)] * absmax[i / blocksize]          product in fp32, one rounding to the output type
-//   nibble(i): byte i/2 of `packed`; an even i is the HIGH nibble, an odd i the low one.
-//   Double quantisation: absmax[b] = dynamic_map[q[b]] * nested_absmax[b / 256] + offset   (product, then sum, in fp32)
+//   w[i] = codebook[nibble(i)] * absmax[i / blocksize]          product in fp32, one rounding to the output
+//   type nibble(i): byte i/2 of `packed`; an even i is the HIGH nibble, an odd i the low one. Double
+//   quantisation: absmax[b] = dynamic_map[q[b]] * nested_absmax[b / 256] + offset   (product, then sum, in
+//   fp32)
 //
 // Codebook: QLoRA (Dettmers et al. 2023), appendix E. Byte layout and dynamic map: bitsandbytes.
 #pragma once
@@ -46,9 +47,10 @@ constexpr std::array<float, kCodes - 1> make_midpoints() {
 }
 inline constexpr std::array<float, kCodes - 1> kMidpoints = make_midpoints();
 
-// The signed 8-bit dynamic map: for each decade 10^(i-6), i = 0..6, the midpoints of a linear grid of 2^i cells on
-// [0.1, 1] with both signs; then 0 and 1. The grid is computed in fp32 with one fused multiply-add a point, counted
-// from the nearer end, because that is how the published 256 values came about (a double holds each product exactly).
+// The signed 8-bit dynamic map: for each decade 10^(i-6), i = 0..6, the midpoints of a linear grid of 2^i
+// cells on [0.1, 1] with both signs; then 0 and 1. The grid is computed in fp32 with one fused multiply-add a
+// point, counted from the nearer end, because that is how the published 256 values came about (a double holds
+// each product exactly).
 constexpr std::array<float, 256> make_dynamic_map() {
   std::array<float, 256> map{};
   int used = 0;

@@ -1,8 +1,8 @@
-// Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011): the counter-based
-// generator of every dropout mask. Element i of x [T, K] (flat index) reads word i % 4 of
+// Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011): the
+// counter-based generator of every dropout mask. Element i of x [T, K] (flat index) reads word i % 4 of
 //   philox(counter = (i / 4, offset), key = seed)
-// and is kept where word >= floor(p * 2^32). A mask is a pure function of (seed, offset, i): nothing is stored, and
-// every backend and every tiling draws the same one.
+// and is kept where word >= floor(p * 2^32). A mask is a pure function of (seed, offset, i): nothing is
+// stored, and every backend and every tiling draws the same one.
 #pragma once
 #include <cstdint>
 

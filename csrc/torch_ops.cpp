@@ -1,8 +1,9 @@
-// Op schemas and dispatch glue on torch's stable ABI: unpacks tensors into the structs of api.h, and nothing else.
+// Op schemas and dispatch glue on torch's stable ABI: unpacks tensors into the structs of api.h, and nothing
+// else.
 //
-// These are the `out` overloads, which compute into tensors that lora_kernels/ops.py has allocated; the ops that users
-// see (`lora_kernels::nf4_quantize`, ...) are defined there. An exception that crosses the stable ABI of torch 2.11
-// loses its message, so nothing here throws on user error: every op returns an lk_status.
+// These are the `out` overloads, which compute into tensors that lora_kernels/ops.py has allocated; the ops
+// that users see (`lora_kernels::nf4_quantize`, ...) are defined there. An exception that crosses the stable
+// ABI of torch 2.11 loses its message, so nothing here throws on user error: every op returns an lk_status.
 #include <Python.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -31,8 +32,9 @@ int dtype_of(const Tensor& t) {
   }
 }
 
-lk_nf4_weight nf4_weight(const Tensor& packed, const Tensor& absmax, const std::optional<Tensor>& nested_absmax,
-                         const std::optional<Tensor>& offset, int64_t blocksize) {
+lk_nf4_weight nf4_weight(const Tensor& packed, const Tensor& absmax,
+                         const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& offset,
+                         int64_t blocksize) {
   return {static_cast<const uint8_t*>(packed.const_data_ptr()), absmax.const_data_ptr(),
           nested_absmax ? static_cast<const float*>(nested_absmax->const_data_ptr()) : nullptr,
           offset ? static_cast<const float*>(offset->const_data_ptr()) : nullptr, blocksize};
@@ -76,7 +78,8 @@ int64_t nf4_dequantize_cuda(const Tensor packed, const Tensor absmax, std::optio
   }
   const lk_nf4_weight weight = nf4_weight(packed, absmax, nested_absmax, offset, blocksize);
   const lk_region region = {in_features, row, out.size(0), col, out.size(1)};
-  return lk_cuda_nf4_dequantize(&weight, &region, out.mutable_data_ptr(), dtype_of(out), out.stride(0), stream);
+  return lk_cuda_nf4_dequantize(&weight, &region, out.mutable_data_ptr(), dtype_of(out), out.stride(0),
+                                stream);
 }
 #endif
 
@@ -84,10 +87,12 @@ int64_t nf4_dequantize_cuda(const Tensor packed, const Tensor absmax, std::optio
 
 STABLE_TORCH_LIBRARY(lora_kernels, m) {
   m.def(
-      "nf4_quantize.out(Tensor weight, int blocksize, *, Tensor(a!) packed, Tensor(b!) absmax, Tensor(c!)? codes, "
+      "nf4_quantize.out(Tensor weight, int blocksize, *, Tensor(a!) packed, Tensor(b!) absmax, Tensor(c!)? "
+      "codes, "
       "Tensor(d!)? nested_absmax, Tensor(e!)? offset) -> int");
   m.def(
-      "nf4_dequantize.out(Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? offset, int blocksize, "
+      "nf4_dequantize.out(Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? offset, int "
+      "blocksize, "
       "int in_features, int row, int col, *, Tensor(a!) out) -> int");
   m.def("lora_dropout.out(Tensor x, float p, Tensor rng, int first, *, Tensor(a!) out) -> int");
 }
@@ -99,13 +104,16 @@ STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CPU, m) {
 }
 
 #ifdef LK_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CUDA, m) { m.impl("nf4_dequantize.out", TORCH_BOX(&nf4_dequantize_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CUDA, m) {
+  m.impl("nf4_dequantize.out", TORCH_BOX(&nf4_dequantize_cuda));
+}
 #endif
 
-// `import lora_kernels._C` loads the library, which registers the ops above. The module itself carries what was built.
+// `import lora_kernels._C` loads the library, which registers the ops above. The module itself carries what
+// was built.
 PyMODINIT_FUNC PyInit__C(void) {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr,
-                                   nullptr};
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   PyObject* module = PyModule_Create(&definition);
   if (module == nullptr) return nullptr;
   if (PyModule_AddStringConstant(module, "cpu_isa", lk_cpu_isa()) < 0 ||
@@ -113,7 +121,8 @@ PyMODINIT_FUNC PyInit__C(void) {
       PyModule_AddStringConstant(module, "cuda_version", LK_CUDA_VERSION) < 0 ||
       PyModule_AddStringConstant(module, "torch_headers", LK_TORCH_HEADERS) < 0 ||
       PyModule_AddStringConstant(module, "compiler", __VERSION__) < 0 ||
-      PyModule_AddIntConstant(module, "cuda_stream_bound", aoti_torch_get_current_cuda_stream != nullptr) < 0) {
+      PyModule_AddIntConstant(module, "cuda_stream_bound", aoti_torch_get_current_cuda_stream != nullptr) <
+          0) {
     Py_DECREF(module);
     return nullptr;
   }

@@ -1,8 +1,8 @@
 """The differentiable LoRA linear map: what autograd saves, what it recomputes, and how autocast is honoured.
 
 The gradient formulas are attached to the ops themselves (torch.library.register_autograd builds the autograd
-Function), so `lora_linear` and `torch.ops.lora_kernels.lora_linear` differentiate alike, in eager mode and under
-torch.compile.
+Function), so `lora_linear` and `torch.ops.lora_kernels.lora_linear` differentiate alike, in eager mode and
+under torch.compile.
 """
 
 import torch
@@ -85,19 +85,22 @@ def lora_linear(
     Args:
         x: [..., K], float32, float16 or bfloat16, any strides; no tokens at all are fine.
         weight: W0, frozen: an `NF4Weight` of shape [N, K], or a dense tensor [N, K] in x's dtype.
-        lora_A: [r, K], any float dtype (float32 adapters on a bfloat16 base are the usual case). None: base alone.
+        lora_A: [r, K], any float dtype (float32 adapters on a bfloat16 base are the usual case). None: base
+            alone.
         lora_B: [N, r], likewise.
         scaling: s = lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA.
         bias: [N], any float dtype.
-        dropout_p: probability of zeroing an element of x on the adapter path only; the kept ones count 1/(1-p).
+        dropout_p: probability of zeroing an element of x on the adapter path only; the kept ones count
+            1/(1-p).
         rng: int64 [2] on x's device, (seed, offset) of the dropout mask; None draws a fresh one from torch's
             generator. The same rng gives the same mask on every backend.
 
     Returns:
         y [..., N] in x's dtype. Products are summed in float32.
 
-    Under autocast x, bias and a dense weight are cast to the autocast dtype. The gradient of the frozen weight is not
-    computed; gradients come back in each parameter's dtype, summed in float32. Double backward raises RuntimeError.
+    Under autocast x, bias and a dense weight are cast to the autocast dtype. The gradient of the frozen
+    weight is not computed; gradients come back in each parameter's dtype, summed in float32. Double backward
+    raises RuntimeError.
 
     Raises:
         ValueError: a shape, device, scaling, dropout_p or blocksize that does not fit, naming the argument.
@@ -109,15 +112,15 @@ def lora_linear(
         out_features, in_features = weight.shape
         if x.dim() > 0 and x.shape[-1] != in_features:
             raise ValueError(
-                f"lora_linear: x has last dimension {x.shape[-1]}, but weight [N, K] = {tuple(weight.shape)} takes "
-                f"K = {in_features}"
+                f"lora_linear: x has last dimension {x.shape[-1]}, but weight [N, K] = {tuple(weight.shape)} "
+                f"takes K = {in_features}"
             )
         parts = (weight.packed, weight.absmax, weight.nested_absmax, weight.offset, weight.blocksize)
     elif isinstance(weight, Tensor):
         if weight.requires_grad and torch.is_grad_enabled():
             raise ValueError(
-                "lora_linear: weight requires a gradient, but the base weight is frozen; call requires_grad_(False) "
-                "on it, or use torch.nn.functional.linear to train it"
+                "lora_linear: weight requires a gradient, but the base weight is frozen; call "
+                "requires_grad_(False) on it, or use torch.nn.functional.linear to train it"
             )
         out_features = weight.shape[0] if weight.dim() == 2 else -1
         parts = (weight, None, None, None, 0)

@@ -40,8 +40,9 @@ class LoRASpec:
 class FusedLoRALinear(nn.Module):
     """y = x·W0ᵀ + s·(dropout(x)·Aᵀ)·Bᵀ + bias with W0 frozen, dense or NF4, and any number of named adapters.
 
-    One adapter is active at a time (`set_adapter`; None: the base alone). Its matrices are `lora_A[name].weight`
-    [r, K] and `lora_B[name].weight` [N, r], the names PEFT uses. Parameters `weight` and `bias` are frozen.
+    One adapter is active at a time (`set_adapter`; None: the base alone). Its matrices are
+    `lora_A[name].weight` [r, K] and `lora_B[name].weight` [N, r], the names PEFT uses. Parameters `weight`
+    and `bias` are frozen.
 
     Args:
         in_features: K.
@@ -51,19 +52,22 @@ class FusedLoRALinear(nn.Module):
         lora_dropout: probability of dropping an input of the adapter while training, 0 <= p < 1.
         use_rslora: s = lora_alpha / sqrt(r).
         init_lora_weights: True: A Kaiming-uniform (a = √5) and B zero, so the layer starts equal to its base;
-            "gaussian": A normal with standard deviation 1/r and B zero; False: both as nn.Linear starts, for tests.
+            "gaussian": A normal with standard deviation 1/r and B zero; False: both as nn.Linear starts, for
+            tests.
         bias: whether the layer has a bias.
         quantize: "nf4" stores W0 in 4 bits; None keeps it dense.
         blocksize, double_quant: of the NF4 weight.
         dtype: of W0 and the bias.
-        adapter_dtype: of A and B. Default: float32 where dtype is float16 or bfloat16, as PEFT does; else dtype.
+        adapter_dtype: of A and B. Default: float32 where dtype is float16 or bfloat16, as PEFT does; else
+            dtype.
         adapter_name: name of the first adapter.
 
     Shapes: x [..., K] -> y [..., N], in x's dtype.
 
-    The state dict has the layout of bitsandbytes' Linear4bit for an NF4 base (`weight`, `weight.absmax`, ...), of
-    nn.Linear for a dense one, and PEFT's names for the adapters; merging does not change it. Conversions such as
-    `.to(torch.bfloat16)` cast dense weights and adapters and leave NF4 codes and scales as they are.
+    The state dict has the layout of bitsandbytes' Linear4bit for an NF4 base (`weight`, `weight.absmax`,
+    ...), of nn.Linear for a dense one, and PEFT's names for the adapters; merging does not change it.
+    Conversions such as `.to(torch.bfloat16)` cast dense weights and adapters and leave NF4 codes and scales
+    as they are.
 
     Raises:
         ValueError: a bad r, lora_alpha, lora_dropout, quantize, blocksize, or adapter name.
@@ -125,8 +129,9 @@ class FusedLoRALinear(nn.Module):
     ) -> "FusedLoRALinear":
         """The same layer around the weight and bias of an nn.Linear, or of bitsandbytes' Linear4bit (nf4).
 
-        A dense weight is shared, not copied, when it is not quantised; the packed bytes of a Linear4bit always are
-        (`quantize`, `blocksize` and `double_quant` then are what it has). The given layer is not changed.
+        A dense weight is shared, not copied, when it is not quantised; the packed bytes of a Linear4bit
+        always are (`quantize`, `blocksize` and `double_quant` then are what it has). The given layer is not
+        changed.
 
         Raises:
             TypeError: another kind of layer.
@@ -156,7 +161,7 @@ class FusedLoRALinear(nn.Module):
             )
         return layer.train(linear.training)
 
-    # ---- the frozen base --------------------------------------------------------------------------------------
+    # ---- the frozen base -----------------------------------------------------------------------------------
 
     def _set_base(
         self, weight: Tensor, bias: Tensor | None, quantize: str | None, blocksize: int, double_quant: bool
@@ -195,7 +200,7 @@ class FusedLoRALinear(nn.Module):
         return None if self.blocksize is None else "nf4"
 
     def base_weight(self) -> Tensor | NF4Weight:
-        """W0 [N, K] as `lora_linear` takes it: an NF4Weight that shares the layer's tensors, or the dense weight."""
+        """W0 [N, K] as `lora_linear` takes it: an NF4Weight sharing the layer's tensors, or the dense one."""
         if self.blocksize is None:
             return self.weight
         shape = (self.out_features, self.in_features)
@@ -205,12 +210,12 @@ class FusedLoRALinear(nn.Module):
         )
 
     def dequantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """W0 [N, K] as a dense tensor: a new one for an NF4 base, the weight itself where dtype is already right."""
+        """W0 [N, K] as a dense tensor: the weight itself where it is dense and of that dtype already."""
         base = self.base_weight()
         dtype = self.base_dtype if dtype is None else dtype
         return base.dequantize(dtype) if isinstance(base, NF4Weight) else base.detach().to(dtype)
 
-    # ---- adapters -----------------------------------------------------------------------------------------------
+    # ---- adapters ------------------------------------------------------------------------------------------
 
     def add_adapter(
         self,
@@ -223,7 +228,7 @@ class FusedLoRALinear(nn.Module):
         init_lora_weights: bool | str = True,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Adds an adapter, on the base's device, and makes it active if it is the first. Arguments as in the class."""
+        """Adds an adapter, on the base's device; the first one becomes active. Arguments as in the class."""
         if name in self.adapter_specs:
             raise ValueError(f"adapter {name!r} exists already; delete_adapter({name!r}) first")
         if not name or "." in name:
@@ -274,7 +279,7 @@ class FusedLoRALinear(nn.Module):
     def scaling(self) -> dict[str, float]:
         return {name: spec.scaling for name, spec in self.adapter_specs.items()}
 
-    # ---- merging ------------------------------------------------------------------------------------------------
+    # ---- merging -------------------------------------------------------------------------------------------
 
     @property
     def merged(self) -> bool:
@@ -292,8 +297,9 @@ class FusedLoRALinear(nn.Module):
     def merge(self) -> None:
         """Makes forward one product with W = T(W0 + s·B·A): a float32 sum, rounded once to the base's dtype.
 
-        W is dense also over an NF4 base (4 bits cannot hold a small change). W0 stays beside it, so that `unmerge`
-        gives back the exact bytes; `lora_kernels.merge_and_unload` returns a model without the copy.
+        W is dense also over an NF4 base (4 bits cannot hold a small change). W0 stays beside it, so that
+        `unmerge` gives back the exact bytes; `lora_kernels.merge_and_unload` returns a model without the
+        copy.
         """
         if self.merged:
             raise RuntimeError(f"adapter {self.merged_adapter!r} is merged already")
@@ -309,7 +315,7 @@ class FusedLoRALinear(nn.Module):
             raise RuntimeError("no adapter is merged")
         self.merged_weight, self.merged_adapter = None, None
 
-    # ---- forward, state, conversion -----------------------------------------------------------------------------
+    # ---- forward, state, conversion ------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
         name = self.active_adapter
@@ -361,6 +367,9 @@ class FusedLoRALinear(nn.Module):
         error_msgs: list[str],
     ) -> None:
         key = prefix + "weight"
+        if self.merged:  # the merged weight would go on being that of the old base and adapter
+            error_msgs.append(f"{key}: adapter {self.merged_adapter!r} is merged here; unmerge() first")
+            return
         own: Mapping[str, Tensor] = state_dict
         extra = {k for k in state_dict if k.startswith(key + ".")}
         if self.blocksize is not None:
@@ -393,8 +402,8 @@ class FusedLoRALinear(nn.Module):
             dense = key in state_dict and state_dict[key].is_floating_point()
             if dense:
                 error_msgs.append(
-                    f"{key}: the state dict holds a dense {state_dict[key].dtype} weight, but this layer's is NF4; "
-                    "load it into nn.Linear and convert with FusedLoRALinear.from_linear"
+                    f"{key}: the state dict holds a dense {state_dict[key].dtype} weight, but this layer's "
+                    "is NF4; load it into nn.Linear and convert with FusedLoRALinear.from_linear"
                 )
             else:
                 missing_keys.extend(absent)
@@ -426,6 +435,7 @@ class FusedLoRALinear(nn.Module):
         base = "dense" if self.blocksize is None else f"nf4, blocksize={self.blocksize}"
         ranks = ", ".join(f"{name}: r={spec.r}" for name, spec in self.adapter_specs.items())
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"base={base}, adapters={{{ranks}}}, active={self.active_adapter!r}, merged={self.merged}"
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, base={base}, adapters={{{ranks}}}, "
+            f"active={self.active_adapter!r}, merged={self.merged}"
         )

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lora_kernels import ops  # noqa: F401 - defines the ops
-from lora_kernels import reference
+from lora_kernels import (
+    ops,
+    reference,
+)
 from lora_kernels.base_weight import BaseWeight
 
 _QUANT_STATE = "quant_state.bitsandbytes__nf4"
@@ -18,9 +20,9 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 class NF4Weight:
     """A matrix W [N, K] in 4-bit NormalFloat, in blocks of `blocksize` with double-quantised scales.
 
-    W = codebook[code] · absmax[block], and absmax = dynamic_map[code] · nested_absmax + offset. At blocksize 64 that
-    is 4.127 bits a weight (4.5 without double quantisation). Not a tensor: make one with `nf4_quantize`, use it in
-    `lora_linear` or `FusedLoRALinear`, get the matrix back with `dequantize`.
+    W = codebook[code] · absmax[block], and absmax = dynamic_map[code] · nested_absmax + offset. At blocksize
+    64 that is 4.127 bits a weight (4.5 without double quantisation). Not a tensor: make one with
+    `nf4_quantize`, use it in `lora_linear` or `FusedLoRALinear`, get the matrix back with `dequantize`.
 
     Attributes:
         packed: uint8 [ceil(N·K/2), 1]; the even element is in the high nibble.
@@ -63,7 +65,7 @@ class NF4Weight:
         return sum(t.nbytes for t in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name, in a fixed order; those a plain (not double-quantised) weight lacks are left out."""
+        """The tensors by name, in a fixed order, without those that this weight lacks."""
         named = {
             "packed": self.packed,
             "absmax": self.absmax,
@@ -84,7 +86,7 @@ class NF4Weight:
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "NF4Weight":
-        """The same weight on `device`; itself where it is there already. The codes have no dtype to change."""
+        """The same weight on `device`; itself where it is there already. Codes have no dtype to change."""
         if isinstance(device, torch.dtype):
             raise TypeError(f"NF4Weight.to: got dtype {device}, expected a device; use dequantize(dtype)")
         moved = {name: t.to(device, non_blocking=non_blocking) for name, t in self.tensors().items()}
@@ -157,7 +159,8 @@ class NF4Weight:
             raise ValueError(f"{key}: quant_type is {quant_type!r}, expected 'nf4'")
         if len(shape) != 2 or dtype_name not in _DTYPES:
             raise ValueError(
-                f"{key}: got shape {shape} and dtype {dtype_name!r}, expected two sizes and one of {', '.join(_DTYPES)}"
+                f"{key}: got shape {shape} and dtype {dtype_name!r}, expected two sizes and one of "
+                f"{', '.join(_DTYPES)}"
             )
         if "quant_map" in "".join(k for k in state_dict if k.startswith(f"{prefix}.")):
             _check_map(f"{prefix}.quant_map", get("quant_map"), reference.codebook())
@@ -165,7 +168,8 @@ class NF4Weight:
         if "nested_offset" in state:
             if state.get("nested_blocksize") != reference.NESTED_BLOCKSIZE:
                 raise ValueError(
-                    f"{key}: nested_blocksize is {state.get('nested_blocksize')}, expected {reference.NESTED_BLOCKSIZE}"
+                    f"{key}: nested_blocksize is {state.get('nested_blocksize')}, expected "
+                    f"{reference.NESTED_BLOCKSIZE}"
                 )
             nested_absmax = get("nested_absmax")
             _check_map(f"{prefix}.nested_quant_map", get("nested_quant_map"), reference.dynamic_map())
@@ -181,20 +185,22 @@ class NF4Weight:
         return weight
 
     def check(self, name: str = "weight") -> None:
-        """Raises ValueError or TypeError, naming `name`, where sizes, dtypes or scales do not make an NF4 weight."""
+        """Raises ValueError or TypeError, naming `name`, where the tensors do not make an NF4 weight."""
         try:
             ops.check_nf4(self.base_weight())
         except (ValueError, TypeError) as error:
             raise type(error)(f"{name}: {error}") from None
         for part, tensor in self.tensors().items():
-            if tensor.dtype == torch.float32 and tensor.device.type != "meta":
-                if not bool(torch.isfinite(tensor).all()):
-                    raise ValueError(f"{name}: {part} holds a NaN or an infinity")
+            if tensor.is_meta or tensor.dtype != torch.float32:
+                continue
+            if not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"{name}: {part} holds a NaN or an infinity")
 
     def __repr__(self) -> str:
         return (
-            f"NF4Weight(shape={tuple(self.shape)}, blocksize={self.blocksize}, double_quant={self.double_quant}, "
-            f"dtype={self.dtype}, device={str(self.device)!r}, nbytes={self.nbytes})"
+            f"NF4Weight(shape={tuple(self.shape)}, blocksize={self.blocksize}, "
+            f"double_quant={self.double_quant}, dtype={self.dtype}, "
+            f"device={str(self.device)!r}, nbytes={self.nbytes})"
         )
 
     def __getstate__(self) -> dict:
@@ -213,10 +219,11 @@ def _check_map(key: str, got: Tensor, expected: Tensor) -> None:
 def nf4_quantize(weight: Tensor, blocksize: int = 64, double_quant: bool = True) -> NF4Weight:
     """Quantises a matrix to NF4.
 
-    Each block of `blocksize` consecutive elements (row-major; blocks straddle rows where K % blocksize != 0) is
-    divided by its largest magnitude and each element replaced by the nearest of 16 codes. With `double_quant` the
-    scales themselves are stored in 8 bits, in blocks of 256. The codes and float32 scales are the same bytes as
-    bitsandbytes' and the same on every backend; the 8-bit scales are each the true nearest (README, "NF4").
+    Each block of `blocksize` consecutive elements (row-major; blocks straddle rows where K % blocksize != 0)
+    is divided by its largest magnitude and each element replaced by the nearest of 16 codes. With
+    `double_quant` the scales themselves are stored in 8 bits, in blocks of 256. The codes and float32 scales
+    are the same bytes as bitsandbytes' and the same on every backend; the 8-bit scales are each the true
+    nearest (README, "NF4").
 
     Args:
         weight: [N, K], float32, float16 or bfloat16, any strides.

@@ -1,8 +1,8 @@
 """The ops of namespace `lora_kernels`: schema, checks, allocation, fake kernels, and the call into a backend.
 
-Every op checks its arguments (ValueError or TypeError naming the argument, what it got and what it may be) and
-allocates its outputs here; backends only compute. The same checks and allocations serve the fake kernels, so an error
-under torch.compile is the error of eager mode. Autograd is in `lora_kernels.functional`.
+Every op checks its arguments (ValueError or TypeError naming the argument, what it got and what it may be)
+and allocates its outputs here; backends only compute. The same checks and allocations serve the fake kernels,
+so an error under torch.compile is the error of eager mode. Autograd is in `lora_kernels.functional`.
 
 An NF4 weight travels as (weight, absmax, nested_absmax, offset, blocksize); a dense one as weight alone.
 """
@@ -28,7 +28,7 @@ def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-# ---- checks ---------------------------------------------------------------------------------------------------------
+# ---- checks ------------------------------------------------------------------------------------------------
 
 
 def _check_dtype(op: str, name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
@@ -54,15 +54,15 @@ def _check_blocksize(op: str, blocksize: int) -> None:
 
 
 def check_nf4(base: BaseWeight, op: str = "NF4Weight") -> None:
-    """Raises ValueError or TypeError where the tensors of an NF4 weight do not fit its shape and blocksize."""
+    """Raises ValueError or TypeError where the tensors of an NF4 weight do not fit its shape."""
     _check_blocksize(op, base.blocksize)
     n = base.out_features * base.in_features
     blocks = _ceil_div(n, base.blocksize)
     _check_dtype(op, "weight", base.data, (torch.uint8,))
     if base.data.numel() != _ceil_div(n, 2):
         raise ValueError(
-            f"{op}: weight holds {base.data.numel()} bytes of NF4 codes, expected ceil(N*K/2) = {_ceil_div(n, 2)} "
-            f"for N = {base.out_features}, K = {base.in_features}"
+            f"{op}: weight holds {base.data.numel()} bytes of NF4 codes, expected ceil(N*K/2) = "
+            f"{_ceil_div(n, 2)} for N = {base.out_features}, K = {base.in_features}"
         )
     _check_shape(op, "absmax", base.absmax, (blocks,), "[ceil(N*K / blocksize)]")
     if (base.nested_absmax is None) != (base.offset is None):
@@ -133,11 +133,11 @@ def _check_scalars(
         _check_device(op, device, rng=rng)
 
 
-# ---- the way into a backend -----------------------------------------------------------------------------------------
+# ---- the way into a backend --------------------------------------------------------------------------------
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[..., K] as [T, K] with unit column stride and rows that do not overlap: a view where strides allow it."""
+    """[..., K] as [T, K] with unit column stride and rows that do not overlap: a view where it can be."""
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     plain = flat.stride(1) == 1 and flat.stride(0) >= max(1, flat.shape[1])
     return flat if plain else flat.contiguous()
@@ -171,7 +171,7 @@ def _define(schema: str, function: Callable, fake: Callable) -> None:
     torch.library.register_fake(f"lora_kernels::{name}", fake, lib=_library)
 
 
-# ---- nf4_quantize ---------------------------------------------------------------------------------------------------
+# ---- nf4_quantize ------------------------------------------------------------------------------------------
 
 
 def _nf4_quantize_outputs(
@@ -212,7 +212,7 @@ _define(
     _nf4_quantize_outputs,
 )
 
-# ---- nf4_dequantize -------------------------------------------------------------------------------------------------
+# ---- nf4_dequantize ----------------------------------------------------------------------------------------
 
 
 def _nf4_dequantize_output(
@@ -248,7 +248,7 @@ _define(
     lambda *args: _nf4_dequantize_output(*args)[1],
 )
 
-# ---- lora_linear ----------------------------------------------------------------------------------------------------
+# ---- lora_linear -------------------------------------------------------------------------------------------
 
 
 def _lora_linear_outputs(
@@ -306,7 +306,7 @@ _define(
     lambda *args: _lora_linear_outputs(*args)[1:],
 )
 
-# ---- lora_linear_backward -------------------------------------------------------------------------------------------
+# ---- lora_linear_backward ----------------------------------------------------------------------------------
 
 
 def _lora_linear_backward_outputs(

@@ -1,10 +1,11 @@
 """lora_linear and its backward as loops over panels of W0 around torch's GEMM.
 
-An NF4 weight is never dequantised as a whole: a panel of its rows (forward) or a slab of its columns (dx) is decoded
-into a workspace of at most PANEL_BYTES, multiplied, and the workspace is used again. Row panels for y and column slabs
-for dx, so that every output element is one GEMM's fp32 sum over its whole inner dimension: summing dx over row panels
-would round it to T once per panel. The LoRA term is written first and the base product accumulates onto it, which
-costs one rounding of the small term instead of one more of the large sum.
+An NF4 weight is never dequantised as a whole: a panel of its rows (forward) or a slab of its columns (dx) is
+    decoded
+into a workspace of at most PANEL_BYTES, multiplied, and the workspace is used again. Row panels for y and
+column slabs for dx, so that every output element is one GEMM's fp32 sum over its whole inner dimension:
+summing dx over row panels would round it to T once per panel. The LoRA term is written first and the base
+product accumulates onto it, which costs one rounding of the small term instead of one more of the large sum.
 """
 
 import functools
@@ -21,7 +22,7 @@ PANEL_BYTES = 8 << 20
 
 
 class Kernels(NamedTuple):
-    """What a backend brings: `nf4_dequantize(base, row, col, out)` and `lora_dropout(x, p, rng, first, out)`."""
+    """What a backend brings: `nf4_dequantize(base, row, col, out)`, `lora_dropout(x, p, rng, first, out)`."""
 
     nf4_dequantize: Callable[[BaseWeight, int, int, Tensor], None]
     lora_dropout: Callable[[Tensor, float, Tensor, int, Tensor], None]
@@ -32,7 +33,7 @@ def bind(function: Callable[..., None], kernels: Kernels) -> Callable[..., None]
 
 
 def _spans(length: int, other: int, itemsize: int) -> Iterator[tuple[int, int]]:
-    """Cuts `length` lines of `other` elements each into even spans of at most PANEL_BYTES, multiples of 64 lines."""
+    """Cuts `length` lines of `other` elements into even spans of about PANEL_BYTES, multiples of 64 lines."""
     pieces = max(1, -(-length * other * itemsize // PANEL_BYTES))
     step = max(1, -(-length // pieces))
     step = min(length, -(-step // 64) * 64)
@@ -124,7 +125,7 @@ def _add_token_product(total: Tensor, left: Tensor, right: Tensor, scale: float)
 
 
 def _token_product(out: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
-    """out = scale · leftᵀ·right [M, L] of left [T, M] and right [T, L]: summed in fp32, rounded to out's dtype once."""
+    """out [M, L] = scale · leftᵀ·right of left [T, M] and right [T, L]: an fp32 sum, rounded once."""
     if left.dtype == out.dtype:
         torch.addmm(out, left.T, right, beta=0, alpha=scale, out=out)
         return
@@ -191,8 +192,8 @@ def explain(base: BaseWeight, dtype: torch.dtype, decoder: str) -> list[str]:
         size = spans[0][1] - spans[0][0]
         workspace = size * length * dtype.itemsize / 2**20
         return (
-            f"{name}: {len(spans)} panel(s) of {size} {what} of W0, each decoded by {decoder} into a workspace of "
-            f"{workspace:.1f} MiB and multiplied by torch's GEMM"
+            f"{name}: {len(spans)} panel(s) of {size} {what} of W0, each decoded by {decoder} into a "
+            f"workspace of {workspace:.1f} MiB and multiplied by torch's GEMM"
         )
 
     return [line("forward", rows, "rows", k), line("backward (dx)", cols, "columns", n)]

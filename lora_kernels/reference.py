@@ -1,17 +1,19 @@
 """The specification: every op in plain PyTorch, short, slow and obviously right.
 
-All other backends are tested against these functions. Run on float64 inputs they are the truth that errors are
-measured from; run on fp16/bf16 inputs they are the unfused eager computation whose error a fused kernel may not
-exceed by more than a quarter. Shapes: x [T, K], weight W0 [N, K], A [r, K], B [N, r], h [T, r], y [T, N].
+All other backends are tested against these functions. Run on float64 inputs they are the truth that errors
+are measured from; run on fp16/bf16 inputs they are the unfused eager computation whose error a fused kernel
+may not exceed by more than a quarter. Shapes: x [T, K], weight W0 [N, K], A [r, K], B [N, r], h [T, r], y [T,
+N].
 """
 
 import functools
+import itertools
 import math
 
 import torch
 from torch import Tensor
 
-# ---- NF4 (QLoRA, Dettmers et al. 2023, appendix E; byte layout of bitsandbytes) -------------------------------
+# ---- NF4 (QLoRA, Dettmers et al. 2023, appendix E; byte layout of bitsandbytes) ----------------------------
 
 NF4_CODEBOOK = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -35,11 +37,11 @@ def _f32(value: float) -> float:
 
 @functools.cache
 def _dynamic_values(signed: bool) -> tuple[float, ...]:
-    """The 8-bit dynamic map (Dettmers et al. 2022, "8-bit optimizers via block-wise quantization", section 2).
+    """The 8-bit dynamic map (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization").
 
-    For each decade 10**(i-6), i = 0..6, the midpoints of a linear grid on [0.1, 1] of 2**i cells with both signs
-    (signed), or of 2**(i+1) cells (unsigned); then 0 and 1. Grid points are rounded to fp32 after one fused
-    multiply-add from the nearer end, which is how the published values came about.
+    For each decade 10**(i-6), i = 0..6, the midpoints of a linear grid on [0.1, 1] of 2**i cells with both
+    signs (signed), or of 2**(i+1) cells (unsigned); then 0 and 1. Grid points are rounded to fp32 after one
+    fused multiply-add from the nearer end, which is how the published values came about.
     """
     lo, hi, values = _f32(0.1), 1.0, [0.0, 1.0]
     for i in range(7):
@@ -49,22 +51,22 @@ def _dynamic_values(signed: bool) -> tuple[float, ...]:
             _f32(step * j + lo) if j < (cells + 1) // 2 else _f32(-step * (cells - j) + hi)
             for j in range(cells + 1)
         ]
-        for a, b in zip(grid[:-1], grid[1:], strict=True):
+        for a, b in itertools.pairwise(grid):
             value = _f32(_f32(10.0 ** (i - 6)) * (_f32(a + b) / 2))
             values += [value, -value] if signed else [value]
     return tuple(sorted(values))
 
 
 def dynamic_map(device: torch.device | str = "cpu", signed: bool = True) -> Tensor:
-    """The 256 values that an 8-bit code stands for, fp32 [256], ascending: of scales (signed) and optimizer states."""
+    """What the 8-bit codes of scales (signed) and optimizer states mean: fp32 [256], ascending."""
     return torch.tensor(_dynamic_values(signed), dtype=torch.float32, device=device)
 
 
 def nf4_quantize(weight: Tensor, blocksize: int = 64, double_quant: bool = True):
     """weight [N, K] -> packed uint8 [ceil(n/2), 1], absmax, nested_absmax, offset  (n = N*K).
 
-    absmax is fp32 [ceil(n/blocksize)], and nested_absmax and offset are empty, without `double_quant`; with it
-    absmax is uint8, nested_absmax fp32 [ceil(blocks/256)] and offset fp32 [].
+    absmax is fp32 [ceil(n/blocksize)], and nested_absmax and offset are empty, without `double_quant`; with
+    it absmax is uint8, nested_absmax fp32 [ceil(blocks/256)] and offset fp32 [].
     """
     flat = weight.detach().reshape(-1).float()
     n, device = flat.numel(), flat.device
@@ -94,7 +96,7 @@ def _quantize_absmax(absmax: Tensor):
 
 
 def quantize_blockwise(x: Tensor, code_map: Tensor, blocksize: int = NESTED_BLOCKSIZE):
-    """fp32 [n] -> uint8 codes [n] of the nearest map entry (a tie goes down), absmax fp32 [ceil(n/blocksize)]."""
+    """fp32 [n] -> uint8 codes [n] of the nearest entries (ties go down), absmax fp32 [ceil(n/blocksize)]."""
     n = x.numel()
     rows = torch.nn.functional.pad(x, (0, -n % blocksize)).reshape(-1, blocksize)
     absmax = rows.abs().amax(dim=1)
@@ -122,7 +124,7 @@ def nf4_dequantize(
     blocksize: int,
     dtype: torch.dtype,
 ) -> Tensor:  # [N, K] dtype
-    """T(codebook[nibble] * absmax[block]): the product in fp32 (in float64 exactly, unrounded), one rounding."""
+    """T(codebook[nibble] * absmax[block]): an fp32 product (exact in float64), rounded once."""
     n = shape[0] * shape[1]
     bytes_ = packed.reshape(-1).view(torch.uint8).long()
     codes = torch.stack([bytes_ >> 4, bytes_ & 15], dim=1).reshape(-1)[:n]
@@ -131,7 +133,7 @@ def nf4_dequantize(
     return (codebook(packed.device)[codes].to(exact) * scale.to(exact)).to(dtype).reshape(shape)
 
 
-# ---- Dropout: Philox4x32-10 (Salmon et al., SC 2011) ------------------------------------------------------------
+# ---- Dropout: Philox4x32-10 (Salmon et al., SC 2011) -------------------------------------------------------
 
 
 def philox4x32_10(counter: Tensor, key: Tensor) -> Tensor:
@@ -147,7 +149,7 @@ def philox4x32_10(counter: Tensor, key: Tensor) -> Tensor:
 
 
 def dropout_mask(shape: tuple[int, int], p: float, rng: Tensor) -> Tensor:  # [T, K] bool, True = kept
-    """Element i (flat) uses word i mod 4 of counter (i div 4, offset) under key seed; rng = int64 (seed, offset).
+    """Element i (flat) uses word i mod 4 of counter (i div 4, offset), key seed; rng = int64 (seed, offset).
 
     It is kept where the word >= floor(p * 2**32).
     """
@@ -161,11 +163,11 @@ def dropout_mask(shape: tuple[int, int], p: float, rng: Tensor) -> Tensor:  # [T
 
 
 def lora_dropout(x: Tensor, p: float, rng: Tensor | None) -> Tensor:  # [T, K]
-    """x with the dropped elements zeroed; the factor 1/(1-p) belongs to the scaling, so x is never rescaled."""
+    """x with the dropped elements zeroed; the factor 1/(1-p) belongs to the scaling, x is not rescaled."""
     return x if p == 0 else torch.where(dropout_mask(x.shape, p, rng), x, torch.zeros_like(x))
 
 
-# ---- The LoRA linear map ------------------------------------------------------------------------------------------
+# ---- The LoRA linear map -----------------------------------------------------------------------------------
 
 
 def lora_linear(
@@ -221,7 +223,7 @@ def lora_linear_batched(
     adapter_index: Tensor,  # int64 [T], -1 = base alone
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Row t goes through adapter adapter_index[t]. h [T, max r] holds its first r_i columns, the rest is 0."""
+    """Row t goes through adapter adapter_index[t]; the columns of h [T, max r] beyond r_i are 0."""
     y = torch.nn.functional.linear(x, weight, bias)
     h = x.new_zeros(x.shape[0], max((a.shape[0] for a in lora_A), default=0))
     for i, (a, b, s) in enumerate(zip(lora_A, lora_B, scaling, strict=True)):
@@ -243,11 +245,11 @@ def dora_linear(
     dropout_p: float = 0.0,
     rng: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """DoRA (Liu et al. 2024, equation 5): y = c·(W0 + s·B·A)·x + bias, c = magnitude/norm; returns y, h, norm [N].
+    """DoRA (Liu et al. 2024, equation 5): y = c·(W0 + s·B·A)·x + bias, c = magnitude/norm -> y, h, norm [N].
 
-    norm = ‖W0 + s·B·A‖₂ of each row, a constant for the gradient (section 4.3). With dropout, as in PEFT, what is
-    dropped is the input of the change to the base output: y = W0·x + (c-1)·W0·x' + c·s·B·A·x' + bias, where
-    x' = m⊙x/(1-p).
+    norm = ‖W0 + s·B·A‖₂ of each row, a constant for the gradient (section 4.3). With dropout, as in PEFT,
+    what is dropped is the input of the change to the base output: y = W0·x + (c-1)·W0·x' + c·s·B·A·x' + bias,
+    where x' = m⊙x/(1-p).
     """
     norm = (weight + scaling * (lora_B @ lora_A).to(weight.dtype)).detach().norm(dim=1)
     c = magnitude / norm
@@ -258,7 +260,7 @@ def dora_linear(
     return (y if bias is None else y + bias), h, norm
 
 
-# ---- AdamW (Loshchilov & Hutter 2019, algorithm 2) ------------------------------------------------------------------
+# ---- AdamW (Loshchilov & Hutter 2019, algorithm 2) ---------------------------------------------------------
 
 
 def adamw_step(
@@ -273,7 +275,7 @@ def adamw_step(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> None:
-    """One update in place, in the precision of the state; weight decay is applied before the update, as torch does."""
+    """One update in place, in the precision of the state; weight decay comes first, as in torch."""
     g, p = grad.to(exp_avg.dtype), param.to(exp_avg.dtype) * (1 - lr * weight_decay)
     exp_avg.mul_(beta1).add_(g, alpha=1 - beta1)
     exp_avg_sq.mul_(beta2).add_(g * g, alpha=1 - beta2)
@@ -295,7 +297,7 @@ def adamw8bit_step(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> None:
-    """adamw_step on state kept in 8 bits, block-wise (256): decoded to fp32, updated, encoded to the nearest entry."""
+    """adamw_step on 8-bit state in blocks of 256: decoded to fp32, updated, encoded to the nearest entry."""
     n = param.numel()
     moments = []
     for codes, absmax, signed in ((state1, absmax1, True), (state2, absmax2, False)):

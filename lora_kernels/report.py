@@ -13,7 +13,8 @@ from lora_kernels.nf4 import NF4Weight
 def memory_report(model: nn.Module) -> dict[str, int]:
     """Bytes of a model by part; storage that is shared is counted once.
 
-    Keys: base_weights (of the adapted layers: packed codes or dense), quantization_constants (their scales), adapters,
+    Keys: base_weights (of the adapted layers: packed codes or dense), quantization_constants (their scales),
+        adapters,
     merged_weights, gradients, other_parameters (embeddings, norms, layers without adapters), buffers, total.
     """
     report = dict.fromkeys(

@@ -43,6 +43,18 @@ def test_dropout_mask_is_the_same_on_every_backend(n, first, p, seed, offset, dt
     assert torch.equal(out, torch.where(keep, x, torch.zeros_like(x)))
 
 
+def test_a_word_equal_to_the_threshold_is_kept(backend):
+    """p = word / 2^32 is exact in a double: at the word itself it is kept, one above it is dropped."""
+    rng, x = torch.tensor([21, 22]), torch.ones(1, 16)
+    counter = torch.tensor([[i, 0, 22, 0] for i in range(4)])
+    words = reference.philox4x32_10(counter, torch.tensor([21, 0])).reshape(-1)
+    out = torch.empty_like(x)
+    for i, word in enumerate(words.tolist()):
+        for threshold, kept in ((word, 1.0), (word + 1, 0.0)):
+            BACKENDS[backend].lora_dropout(x, threshold / 2**32, rng, 0, out)
+            assert out[0, i] == kept
+
+
 @pytest.mark.parametrize("p", [0.1, 0.75])
 def test_pieces_of_x_draw_the_mask_of_the_whole(p, backend):
     x, rng = torch.randn(29, 37), torch.tensor([11, 12])

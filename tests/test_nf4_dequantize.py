@@ -71,8 +71,10 @@ def test_equals_bitsandbytes(dtype, blocksize, backend):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_extreme_scales_round_as_the_format_says(dtype, backend):
-    """Overflow to infinity, subnormal results, zero: one rounding of the fp32 product, whatever the scale."""
-    scales = torch.tensor([0.0, 1e-45, 1e-40, 6e-8, 5.9e-8, 6.1e-5, 1.0, 65504.0, 65520.0, 1e30, 3.4e38])
+    """Overflow, subnormal results, zero, exact ties: one rounding to even of the fp32 product."""
+    extreme = [0.0, 1e-45, 1e-40, 6e-8, 5.9e-8, 6.1e-5, 1.0, 65504.0, 65520.0, 1e30, 3.4e38]
+    ties = [1 + odd * 2.0**-bits for bits in (8, 11) for odd in (1, 3)]  # halfway in bf16, in fp16
+    scales = torch.tensor(extreme + ties + [2.0**-24 * 0.5, 2.0**-24 * 1.5])
     packed = (torch.arange(16) * 16 + torch.arange(16).flip(0)).to(torch.uint8).repeat(2 * len(scales), 1)
     weight = lk.NF4Weight(packed.reshape(-1, 1), scales, None, None, (len(scales), 64), 64, dtype)
     codes = torch.stack([packed.long() >> 4, packed.long() & 15], -1).reshape(len(scales), 64)

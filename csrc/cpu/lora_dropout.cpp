@@ -1,8 +1,9 @@
-// lora_dropout on a CPU: out[i] = x[i] where the Philox word of flat element first + i is kept, else 0 (philox.h).
+// lora_dropout on a CPU: out[i] = x[i] where the Philox word of flat element first + i is kept, else 0
+// (philox.h).
 //
-// Words come four to a counter. A task walks its elements in chunks of 64 counters: the words of a chunk are computed
-// into an array first (that loop vectorises over counters), then the elements are selected. About 60 integer
-// operations per element of the ten rounds; they bound it, not memory.
+// Words come four to a counter. A task walks its elements in chunks of 64 counters: the words of a chunk are
+// computed into an array first (that loop vectorises over counters), then the elements are selected. About 60
+// integer operations per element of the ten rounds; they bound it, not memory.
 #include <algorithm>
 
 #include "../api.h"
@@ -40,8 +41,8 @@ void drop_portable(const T* x, int64_t begin, int64_t end, int64_t first, uint32
   drop(x, begin, end, first, threshold, seed, offset, out);
 }
 template <class T>
-LK_AVX512 void drop_avx512(const T* x, int64_t begin, int64_t end, int64_t first, uint32_t threshold, uint64_t seed,
-                           uint64_t offset, T* out) {
+LK_AVX512 void drop_avx512(const T* x, int64_t begin, int64_t end, int64_t first, uint32_t threshold,
+                           uint64_t seed, uint64_t offset, T* out) {
   drop(x, begin, end, first, threshold, seed, offset, out);
 }
 
@@ -58,8 +59,8 @@ int dropout(const void* x, int64_t n, int64_t first, double p, const int64_t* rn
 }  // namespace
 }  // namespace lk::cpu
 
-extern "C" int lk_cpu_lora_dropout(const void* x, int dtype, int64_t n, int64_t first, double p, const int64_t* rng,
-                                   void* out) {
+extern "C" int lk_cpu_lora_dropout(const void* x, int dtype, int64_t n, int64_t first, double p,
+                                   const int64_t* rng, void* out) {
   using namespace lk::cpu;
   switch (dtype) {
     case LK_F32: return dropout<float>(x, n, first, p, rng, out);

@@ -2,10 +2,10 @@
 //
 //   out = T(codebook[nibble] * absmax[block])
 //
-// A row of the region is a run of consecutive flat indices, cut at block borders into segments with one scale. All 16
-// possible values of a block are computed once, in T, and a segment only looks codes up: the product is the same fp32
-// product and the same single rounding as a multiplication per weight. With AVX-512 the 16 values sit in one register
-// and a permute looks up 32 (16-bit T) or 16 (fp32) weights at a time.
+// A row of the region is a run of consecutive flat indices, cut at block borders into segments with one
+// scale. All 16 possible values of a block are computed once, in T, and a segment only looks codes up: the
+// product is the same fp32 product and the same single rounding as a multiplication per weight. With AVX-512
+// the 16 values sit in one register and a permute looks up 32 (16-bit T) or 16 (fp32) weights at a time.
 // Bytes per weight: 0.53 read, sizeof(T) written; the stores bound it.
 #include <algorithm>
 #include <cstring>
@@ -24,8 +24,8 @@ namespace {
 
 LK_INLINE float block_scale(const lk_nf4_weight& w, int64_t block) {
   if (w.nested_absmax == nullptr) return static_cast<const float*>(w.absmax)[block];
-  const float scaled =
-      nf4::kDynamicMap[static_cast<const uint8_t*>(w.absmax)[block]] * w.nested_absmax[block / nf4::kNestedBlock];
+  const float scaled = nf4::kDynamicMap[static_cast<const uint8_t*>(w.absmax)[block]] *
+                       w.nested_absmax[block / nf4::kNestedBlock];
   return scaled + *w.offset;  // compiled without contraction: two roundings, as the format says
 }
 
@@ -48,7 +48,8 @@ template <class T>
 LK_AVX512 LK_INLINE void lookup_avx512(const uint8_t* packed, int64_t pairs, const T* values, T* out) {
   int64_t i = 0;
   if constexpr (sizeof(T) == 2) {
-    const __m512i table = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
+    const __m512i table =
+        _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
     for (; i + 16 <= pairs; i += 16) {
       // Each byte widens to a 32-bit lane that holds the indices of its two weights in its two halves.
       const __m512i byte =
@@ -73,7 +74,8 @@ LK_AVX512 LK_INLINE void lookup_avx512(const uint8_t* packed, int64_t pairs, con
 
 // The run of `length` weights from flat index `first`.
 template <class T, class Lookup>
-LK_INLINE void dequantize_run(const lk_nf4_weight& w, int64_t first, int64_t length, T* out, const Lookup& lookup) {
+LK_INLINE void dequantize_run(const lk_nf4_weight& w, int64_t first, int64_t length, T* out,
+                              const Lookup& lookup) {
   alignas(64) T values[nf4::kCodes];
   while (length > 0) {
     const int64_t block = first / w.blocksize;
@@ -92,7 +94,8 @@ LK_INLINE void dequantize_run(const lk_nf4_weight& w, int64_t first, int64_t len
 }
 
 template <class T>
-void rows_portable(const lk_nf4_weight& w, const lk_region& r, int64_t begin, int64_t end, T* out, int64_t stride) {
+void rows_portable(const lk_nf4_weight& w, const lk_region& r, int64_t begin, int64_t end, T* out,
+                   int64_t stride) {
   for (int64_t i = begin; i < end; ++i) {
     dequantize_run(w, (r.row + i) * r.in_features + r.col, r.cols, out + i * stride, lookup_portable<T>);
   }
@@ -125,8 +128,8 @@ int dequantize(const lk_nf4_weight& w, const lk_region& r, void* out, int64_t st
 }  // namespace
 }  // namespace lk::cpu
 
-extern "C" int lk_cpu_nf4_dequantize(const lk_nf4_weight* weight, const lk_region* region, void* out, int dtype,
-                                     int64_t out_stride) {
+extern "C" int lk_cpu_nf4_dequantize(const lk_nf4_weight* weight, const lk_region* region, void* out,
+                                     int dtype, int64_t out_stride) {
   using namespace lk::cpu;
   switch (dtype) {
     case LK_F32: return dequantize<float>(*weight, *region, out, out_stride);

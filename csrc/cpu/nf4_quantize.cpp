@@ -1,11 +1,11 @@
 // nf4_quantize on a CPU.
 //
 //   block b of W: m = max|w|;  s = clamp(w * (1 / max(m, 1e-38)), -1, 1);  code = #{k : s > midpoint[k]}
-//   A short last block divides by max(m, 1e-38) instead of multiplying by the reciprocal, and stores that clamped m
-//   (bitsandbytes does so, and the bytes must agree).
+//   A short last block divides by max(m, 1e-38) instead of multiplying by the reciprocal, and stores that
+//   clamped m (bitsandbytes does so, and the bytes must agree).
 //
-// One task owns whole blocks: 2 bytes (bf16) read and 0.5 written per weight, 15 compares per weight; the compares
-// bound it, vectorised 16 weights at a time.
+// One task owns whole blocks: 2 bytes (bf16) read and 0.5 written per weight, 15 compares per weight; the
+// compares bound it, vectorised 16 weights at a time.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -21,8 +21,9 @@ namespace {
 
 constexpr int64_t kMaxBlock = 4096;
 
-// The largest bit pattern of |x|: for finite floats the order of the bits is the order of the values, and a result of
-// 0x7f800000 or more says that an infinity or NaN is among them. An integer maximum vectorises; a float one does not.
+// The largest bit pattern of |x|: for finite floats the order of the bits is the order of the values, and a
+// result of 0x7f800000 or more says that an infinity or NaN is among them. An integer maximum vectorises; a
+// float one does not.
 LK_INLINE uint32_t max_magnitude_bits(const float* x, int64_t n) {
   uint32_t most = 0;
   for (int64_t i = 0; i < n; ++i) most = std::max(most, bits_of(x[i]) & 0x7fffffffu);
@@ -55,13 +56,14 @@ LK_INLINE bool quantize_block(const T* w, int64_t n, bool full, uint8_t* packed,
   *absmax = full ? largest : divisor;
   encode(scaled, n, codes);
   codes[n] = nf4::kPadCode;
-  for (int64_t i = 0; i < (n + 1) / 2; ++i) packed[i] = static_cast<uint8_t>(codes[2 * i] << 4 | codes[2 * i + 1]);
+  for (int64_t i = 0; i < (n + 1) / 2; ++i)
+    packed[i] = static_cast<uint8_t>(codes[2 * i] << 4 | codes[2 * i + 1]);
   return true;
 }
 
 template <class T>
-LK_INLINE bool quantize_blocks(const T* w, int64_t n, int64_t blocksize, int64_t begin, int64_t end, uint8_t* packed,
-                               float* absmax) {
+LK_INLINE bool quantize_blocks(const T* w, int64_t n, int64_t blocksize, int64_t begin, int64_t end,
+                               uint8_t* packed, float* absmax) {
   for (int64_t b = begin; b < end; ++b) {
     const int64_t first = b * blocksize, length = std::min(blocksize, n - first);
     if (!quantize_block(w + first, length, length == blocksize, packed + first / 2, absmax + b)) return false;
@@ -75,8 +77,8 @@ bool blocks_portable(const T* w, int64_t n, int64_t blocksize, int64_t begin, in
   return quantize_blocks(w, n, blocksize, begin, end, packed, absmax);
 }
 template <class T>
-LK_AVX512 bool blocks_avx512(const T* w, int64_t n, int64_t blocksize, int64_t begin, int64_t end, uint8_t* packed,
-                             float* absmax) {
+LK_AVX512 bool blocks_avx512(const T* w, int64_t n, int64_t blocksize, int64_t begin, int64_t end,
+                             uint8_t* packed, float* absmax) {
   return quantize_blocks(w, n, blocksize, begin, end, packed, absmax);
 }
 
@@ -92,8 +94,8 @@ int quantize(const void* weight, int64_t n, int64_t blocksize, uint8_t* packed, 
   return finite ? LK_OK : LK_NONFINITE;
 }
 
-// The code of the entry nearest to v / nested: midpoints between neighbours, and their product with `nested`, are
-// exact in double, so this is the true nearest and a tie is a tie.
+// The code of the entry nearest to v / nested: midpoints between neighbours, and their product with `nested`,
+// are exact in double, so this is the true nearest and a tie is a tie.
 uint8_t nearest_dynamic_code(double v, double nested) {
   int low = 0, high = 255;  // the answer is the number of midpoints below v
   while (low < high) {
@@ -111,8 +113,8 @@ uint8_t nearest_dynamic_code(double v, double nested) {
 }  // namespace
 }  // namespace lk::cpu
 
-extern "C" int lk_cpu_nf4_quantize(const void* weight, int dtype, int64_t n, int64_t blocksize, uint8_t* packed,
-                                   float* absmax) {
+extern "C" int lk_cpu_nf4_quantize(const void* weight, int dtype, int64_t n, int64_t blocksize,
+                                   uint8_t* packed, float* absmax) {
   using namespace lk::cpu;
   switch (dtype) {
     case LK_F32: return quantize<float>(weight, n, blocksize, packed, absmax);
@@ -122,11 +124,11 @@ extern "C" int lk_cpu_nf4_quantize(const void* weight, int dtype, int64_t n, int
   return LK_UNSUPPORTED_DTYPE;
 }
 
-extern "C" int lk_cpu_nf4_quantize_absmax(const float* absmax, int64_t blocks, uint8_t* codes, float* nested_absmax,
-                                          float* offset) {
+extern "C" int lk_cpu_nf4_quantize_absmax(const float* absmax, int64_t blocks, uint8_t* codes,
+                                          float* nested_absmax, float* offset) {
   using namespace lk;
-  // One thread, index order, double: the mean is the same whatever the number of threads. n / 64 additions are
-  // nothing beside the n weights.
+  // One thread, index order, double: the mean is the same whatever the number of threads. n / 64 additions
+  // are nothing beside the n weights.
   double sum = 0;
   for (int64_t b = 0; b < blocks; ++b) sum += absmax[b];
   const float mean = blocks > 0 ? static_cast<float>(sum / static_cast<double>(blocks)) : 0.0f;

@@ -1,14 +1,17 @@
 // nf4_dequantize on a GPU: a region [row, row+rows) x [col, col+cols) of W [N, K] -> out [rows, cols].
 //
-//   out = T(codebook[nibble] * absmax[block]),   absmax[b] = dynamic_map[q[b]] * nested_absmax[b / 256] + offset
+//   out = T(codebook[nibble] * absmax[block]),   absmax[b] = dynamic_map[q[b]] * nested_absmax[b / 256] +
+//   offset
 //
-// Aligned kernel (K, col, cols and the row stride of out divisible by 16): a thread owns 16 consecutive weights of one
-// row, which lie in one block:
+// Aligned kernel (K, col, cols and the row stride of out divisible by 16): a thread owns 16 consecutive
+// weights of one row, which lie in one block:
 //
-//     thread t:  packed 8 bytes ──lookup in shared codebook──> 16 products ──round──> 32 (16-bit T) or 64 bytes out
+//     thread t:  packed 8 bytes ──lookup in shared codebook──> 16 products ──round──> 32 (16-bit T) or 64
+//     bytes out
 //
 // General kernel: a thread owns one weight; any K, any column range.
-// Bytes per weight: 0.52 read, sizeof(T) written, so the floor for bf16 is 2.52 bytes over the copy bandwidth.
+// Bytes per weight: 0.52 read, sizeof(T) written, so the floor for bf16 is 2.52 bytes over the copy
+// bandwidth.
 #include "../api.h"
 #include "../nf4.h"
 #include "ptx.cuh"
@@ -66,7 +69,8 @@ __device__ void load_tables(float* codebook, float* dynamic_map) {
 
 template <int Dtype>
 __global__ void __launch_bounds__(kThreads)
-    dequantize_aligned(const lk_nf4_weight w, const lk_region r, typename Output<Dtype>::type* out, int64_t out_stride) {
+    dequantize_aligned(const lk_nf4_weight w, const lk_region r, typename Output<Dtype>::type* out,
+                       int64_t out_stride) {
   using T = typename Output<Dtype>::type;
   __shared__ float codebook[nf4::kCodes], dynamic_map[256];
   load_tables(codebook, dynamic_map);
@@ -94,7 +98,8 @@ __global__ void __launch_bounds__(kThreads)
 
 template <int Dtype>
 __global__ void __launch_bounds__(kThreads)
-    dequantize_general(const lk_nf4_weight w, const lk_region r, typename Output<Dtype>::type* out, int64_t out_stride) {
+    dequantize_general(const lk_nf4_weight w, const lk_region r, typename Output<Dtype>::type* out,
+                       int64_t out_stride) {
   __shared__ float codebook[nf4::kCodes], dynamic_map[256];
   load_tables(codebook, dynamic_map);
   const int64_t total = r.rows * r.cols;
@@ -109,10 +114,13 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-bool aligned_to(const void* pointer, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+bool aligned_to(const void* pointer, uintptr_t bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
 
 template <int Dtype>
-int dequantize(const lk_nf4_weight& w, const lk_region& r, void* out, int64_t out_stride, cudaStream_t stream) {
+int dequantize(const lk_nf4_weight& w, const lk_region& r, void* out, int64_t out_stride,
+               cudaStream_t stream) {
   using T = typename Output<Dtype>::type;
   if (r.rows == 0 || r.cols == 0) return LK_OK;
   const bool aligned = r.in_features % kWeightsPerThread == 0 && r.col % kWeightsPerThread == 0 &&
@@ -133,8 +141,8 @@ int dequantize(const lk_nf4_weight& w, const lk_region& r, void* out, int64_t ou
 }  // namespace
 }  // namespace lk::cuda
 
-extern "C" int lk_cuda_nf4_dequantize(const lk_nf4_weight* weight, const lk_region* region, void* out, int dtype,
-                                      int64_t out_stride, void* stream) {
+extern "C" int lk_cuda_nf4_dequantize(const lk_nf4_weight* weight, const lk_region* region, void* out,
+                                      int dtype, int64_t out_stride, void* stream) {
   using namespace lk::cuda;
   const auto s = static_cast<cudaStream_t>(stream);
   switch (dtype) {

@@ -31,7 +31,8 @@ _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes a file so that a reader, or a crash at any time, sees the old content or the new, never a part.
 
-    Raises OSError (a full disk, no permission) with the old content still in place and nothing left beside it.
+    Raises OSError (a full disk, no permission) with the old content still in place and nothing left beside
+    it.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -47,7 +48,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def _target_modules(model: nn.Module, names: list[str]) -> list[str]:
-    """The shortest target_modules that mean exactly `names`: the last path components where those are unambiguous."""
+    """The shortest target_modules that mean exactly `names`: last path components where those do."""
     short = sorted({name.rsplit(".", 1)[-1] for name in names})
     meant = {name for name in linear_layers(model) if any(matches(name, target) for target in short)}
     return short if meant == set(names) else sorted(names)
@@ -58,7 +59,7 @@ def _most_common(values: list[Any]) -> Any:
 
 
 def adapter_config(model: nn.Module, adapter_name: str = "default") -> dict[str, Any]:
-    """The content of adapter_config.json. Layers whose rank or alpha is not the common one go into the patterns."""
+    """The content of adapter_config.json; a rank or alpha other than the most common goes into a pattern."""
     specs = {name: layer.adapter_specs[adapter_name] for name, layer in _carriers(model, adapter_name)}
     r = _most_common([spec.r for spec in specs.values()])
     alpha = _most_common([spec.lora_alpha for spec in specs.values()])
@@ -134,8 +135,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.startswith(_CHANGED_BASE):
         raise ValueError(
-            f"{file}: init_lora_weights is {init!r}, which changed the base weights as well; convert the adapter with "
-            "PEFT (save_pretrained(..., path_initial_model_for_weight_conversion=...)) first"
+            f"{file}: init_lora_weights is {init!r}, which changed the base weights as well; convert the "
+            "adapter with PEFT (save_pretrained(..., path_initial_model_for_weight_conversion=...)) first"
         )
     for feature in ("use_dora", "modules_to_save", "lora_bias", "use_qalora", "fan_in_fan_out"):
         if config.get(feature):
@@ -184,7 +185,7 @@ def _read_matrices(folder: Path) -> dict[str, dict[str, Tensor]]:
 
 
 def _from_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """The value whose key, a regular expression, matches the module's path or its end, as PEFT resolves patterns."""
+    """The value whose key, a regular expression, matches the module's path or its end, as PEFT reads them."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
@@ -204,9 +205,9 @@ def load_adapter(
 ) -> list[str]:
     """Loads an adapter that `save_adapter` or PEFT wrote, as `adapter_name`, and makes it the active one.
 
-    A target that is a FusedLoRALinear gets the adapter; an nn.Linear becomes a FusedLoRALinear first, with its weight
-    quantised where `quantize` is "nf4". Everything but the adapter is frozen, and the adapter too unless
-    `is_trainable`.
+    A target that is a FusedLoRALinear gets the adapter; an nn.Linear becomes a FusedLoRALinear first, with
+    its weight quantised where `quantize` is "nf4". Everything but the adapter is frozen, and the adapter too
+    unless `is_trainable`.
 
     Args:
         adapter_dtype: of A and B. Default: float32 where the file has float16 or bfloat16, as PEFT does.
@@ -215,8 +216,9 @@ def load_adapter(
         The names of the layers that carry the adapter.
 
     Raises:
-        ValueError: not an adapter's folder, a feature or tensor that is not supported, a module the model lacks, a
-            shape that does not fit, an adapter of that name already there. The model is then unchanged.
+        ValueError: not an adapter's folder, a feature or tensor that is not supported, a module the model
+            lacks, a shape that does not fit, an adapter of that name already there. The model is then
+            unchanged.
     """
     folder = Path(path)
     config, matrices = _read_config(folder), _read_matrices(folder)

@@ -37,12 +37,12 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def matches(name: str, target: str) -> bool:
-    """Whether a target names this module, as PEFT reads target_modules: the whole path, or its end after a dot."""
+    """Whether a target names this module: it is the whole path, or its end after a dot, as PEFT reads it."""
     return name == target or name.endswith("." + target)
 
 
 def _output_heads(model: nn.Module, layers: dict[str, nn.Module]) -> set[str]:
-    """The layers that turn hidden states into the model's output, which "all-linear" leaves alone (as PEFT does)."""
+    """The layers that make the model's output, which "all-linear" leaves alone, as PEFT does."""
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
     if head is not None:
@@ -109,12 +109,13 @@ def inject(
 
     Args:
         model: any module; a Hugging Face model is one.
-        target_modules: names as in PEFT (["q_proj", "v_proj"]: the end of a module's path), a regular expression
-            for whole paths, or "all-linear": every nn.Linear but the output head.
+        target_modules: names as in PEFT (["q_proj", "v_proj"]: the end of a module's path), a regular
+            expression for whole paths, or "all-linear": every nn.Linear but the output head.
         quantize: "nf4" also quantises the weights of the layers it replaces; None leaves them as they are.
 
-    The other arguments are those of FusedLoRALinear. A layer that is a FusedLoRALinear already gets the adapter in
-    addition, and it becomes the active one. A module that the model uses in two places stays one module.
+    The other arguments are those of FusedLoRALinear. A layer that is a FusedLoRALinear already gets the
+    adapter in addition, and it becomes the active one. A module that the model uses in two places stays one
+    module.
 
     Returns:
         The names of the layers, in the model's order.

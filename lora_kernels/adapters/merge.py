@@ -27,7 +27,7 @@ def _layers(model: nn.Module) -> list[tuple[str, FusedLoRALinear]]:
 
 
 def merge(model: nn.Module) -> None:
-    """FusedLoRALinear.merge() on every layer with an active adapter; the model computes as before, to rounding."""
+    """FusedLoRALinear.merge() on every layer with an active adapter: the same outputs, to rounding."""
     for _, layer in _layers(model):
         if layer.active_adapter is not None and not layer.merged:
             layer.merge()
@@ -42,11 +42,12 @@ def unmerge(model: nn.Module) -> None:
 
 @torch.no_grad()
 def merge_and_unload(model: nn.Module, requantize: bool = False) -> list[MergeError]:
-    """Replaces every FusedLoRALinear, in place, by a plain layer with the active adapter merged into its weight.
+    """Replaces every FusedLoRALinear, in place, by a plain layer with its active adapter merged in.
 
-    The weight is T(W0 + s·B·A): a float32 sum, rounded once to the base's dtype; the layer becomes nn.Linear. With
-    `requantize` an NF4 base stays NF4, as a FusedLoRALinear without adapters, and the error that this makes is
-    reported: it is often as large as what the adapter contributes, so look at `error_over_delta` before using it.
+    The weight is T(W0 + s·B·A): a float32 sum, rounded once to the base's dtype; the layer becomes nn.Linear.
+    With `requantize` an NF4 base stays NF4, as a FusedLoRALinear without adapters, and the error that this
+    makes is reported: it is often as large as what the adapter contributes, so look at `error_over_delta`
+    before using it.
 
     Returns:
         One MergeError for every requantised layer; empty without `requantize`.

@@ -1,8 +1,9 @@
 """Which kernels serve a call.
 
-A backend is a module with the same functions, which compute into outputs that `lora_kernels.ops` has checked and
-allocated: `nf4_quantize, nf4_dequantize, lora_dropout, lora_linear, lora_linear_backward, explain`. The choice is made
-per call from the device; `use_backend` or the environment variable LORA_KERNELS_BACKEND force one.
+A backend is a module with the same functions, which compute into outputs that `lora_kernels.ops` has checked
+and allocated: `nf4_quantize, nf4_dequantize, lora_dropout, lora_linear, lora_linear_backward, explain`. The
+choice is made per call from the device; `use_backend` or the environment variable LORA_KERNELS_BACKEND force
+one.
 """
 
 import os
@@ -24,8 +25,8 @@ def _checked(name: str | None, source: str) -> str | None:
 _forced: str | None = _checked(os.environ.get("LORA_KERNELS_BACKEND") or None, "LORA_KERNELS_BACKEND")
 
 
-class use_backend:  # noqa: N801 - used like a function
-    """Forces one backend for the whole process: `use_backend("reference")`; None goes back to the automatic choice.
+class use_backend:
+    """Forces one backend for the whole process, e.g. `use_backend("reference")`; None: the automatic choice.
 
     Works at once, and as a context manager also ends:
 
@@ -55,8 +56,8 @@ def backend_name(device: torch.device) -> str:
     if device.type == "cuda":
         return "cuda"
     raise ValueError(
-        f"no kernels for device {str(device)!r}: move the tensors to 'cpu' or 'cuda', or choose the slow pure-PyTorch "
-        'backend with lora_kernels.use_backend("reference")'
+        f"no kernels for device {str(device)!r}: move the tensors to 'cpu' or 'cuda', or choose the slow "
+        'pure-PyTorch backend with lora_kernels.use_backend("reference")'
     )
 
 

@@ -1,6 +1,7 @@
 """The CUDA backend: the compiled nf4_dequantize, panels around torch's GEMM.
 
-nf4_quantize and the dropout mask have no CUDA kernel of their own yet: they run the specification's PyTorch code on
+nf4_quantize and the dropout mask have no CUDA kernel of their own yet: they run the specification's PyTorch
+    code on
 the device, which gives the same bytes and the same mask; `explain` says so.
 """
 
@@ -18,8 +19,8 @@ __all__ = ["explain", "lora_dropout", "lora_linear", "lora_linear_backward", "nf
 def nf4_dequantize(base: BaseWeight, row: int, col: int, out: Tensor) -> None:
     if not native._C.cuda_archs:
         raise RuntimeError(
-            "lora_kernels was built without CUDA (no nvcc was found). Install CUDA's compiler and build again, or "
-            'choose the slow pure-PyTorch backend with lora_kernels.use_backend("reference")'
+            "lora_kernels was built without CUDA (no nvcc was found). Install CUDA's compiler and build "
+            'again, or choose the slow pure-PyTorch backend with lora_kernels.use_backend("reference")'
         )
     native.nf4_dequantize(base, row, col, out)
 

@@ -1,4 +1,4 @@
-"""Loads the compiled library and calls its launchers; turns their status codes (csrc/api.h) into exceptions."""
+"""Loads the compiled library, calls its launchers, turns their status codes (csrc/api.h) into exceptions."""
 
 import os
 
@@ -62,7 +62,7 @@ def nf4_quantize(
 
 
 def nf4_dequantize(base: BaseWeight, row: int, col: int, out: Tensor) -> None:
-    """The rectangle of W that starts at (row, col) and has out's shape -> out [rows, cols], of unit column stride."""
+    """The rectangle of W at (row, col) of out's shape -> out [rows, cols], which has unit column stride."""
     status = torch.ops.lora_kernels.nf4_dequantize.out(
         base.data,
         base.absmax,

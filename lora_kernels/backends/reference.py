@@ -1,4 +1,4 @@
-"""The specification as a backend: what `lora_kernels.reference` returns, copied into the allocated outputs."""
+"""The specification as a backend: what `lora_kernels.reference` returns, copied into the outputs."""
 
 import torch
 from torch import Tensor

@@ -11,12 +11,14 @@ def from_params4bit(params: Tensor) -> NF4Weight:
     """The NF4Weight that shares the tensors of a bitsandbytes Params4bit.
 
     Raises:
-        ValueError: not quantised yet (bitsandbytes does that on `.to(device)`), or not nf4, or another block format.
+        ValueError: not quantised yet (bitsandbytes does that on `.to(device)`), or not nf4, or another block
+            format.
     """
     state = getattr(params, "quant_state", None)
     if state is None:
         raise ValueError(
-            "the Params4bit is not quantised yet: bitsandbytes quantises when the layer is moved, e.g. layer.to('cpu')"
+            "the Params4bit is not quantised yet: bitsandbytes quantises when the layer is moved, as by "
+            "layer.to('cpu')"
         )
     if state.quant_type != "nf4":
         raise ValueError(f"the Params4bit has quant_type {state.quant_type!r}, expected 'nf4'")
@@ -24,7 +26,8 @@ def from_params4bit(params: Tensor) -> NF4Weight:
     if state.nested:
         if state.state2.blocksize != reference.NESTED_BLOCKSIZE:
             raise ValueError(
-                f"the Params4bit has nested_blocksize {state.state2.blocksize}, expected {reference.NESTED_BLOCKSIZE}"
+                f"the Params4bit has nested_blocksize {state.state2.blocksize}, expected "
+                f"{reference.NESTED_BLOCKSIZE}"
             )
         nested_absmax, offset = state.state2.absmax, state.offset.float().reshape(())
     packed = params.detach()

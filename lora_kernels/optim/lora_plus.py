@@ -16,8 +16,9 @@ def lora_plus_groups(
     """Parameter groups in which B learns `ratio` times as fast as A.
 
     Four groups, as the paper's code and PEFT make them: A and other matrices at lr; trained embeddings
-    (lora_embedding_*) at embedding_lr; B matrices at lr·ratio; B vectors (biases) at lr·ratio without weight decay.
-    Only parameters that require a gradient are in them; empty groups are left out. Each group has a "name".
+    (lora_embedding_*) at embedding_lr; B matrices at lr·ratio; B vectors (biases) at lr·ratio without weight
+    decay. Only parameters that require a gradient are in them; empty groups are left out. Each group has a
+    "name".
 
     Args:
         lr: learning rate of A, > 0.
