@@ -128,7 +128,8 @@ def lora_linear(
         raise TypeError(
             f"lora_linear: weight is a {type(weight).__name__}, expected a Tensor or an NF4Weight"
         )
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+    floating = x.is_floating_point() and x.device.type != "meta"
+    if floating and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)
         if parts[1] is None:

@@ -26,6 +26,10 @@ class LoRASpec:
     def __post_init__(self) -> None:
         if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
             raise ValueError(f"r is {self.r!r}, expected an integer >= 1")
+        for name in ("lora_alpha", "lora_dropout"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise TypeError(f"{name} is {value!r}, expected a number")
         if not math.isfinite(self.lora_alpha):
             raise ValueError(f"lora_alpha is {self.lora_alpha}, expected a finite number")
         if not 0 <= self.lora_dropout < 1:
@@ -171,6 +175,10 @@ class FusedLoRALinear(nn.Module):
         if quantize == "nf4":
             self._set_nf4(nf4_quantize(weight, blocksize, double_quant), bias)
             return
+        if weight.dim() != 2 or not weight.is_floating_point():
+            raise TypeError(
+                f"the weight is {weight.dtype} {tuple(weight.shape)}, expected a float matrix [N, K]"
+            )
         self._set_shape(weight.shape, weight.dtype, None, bias)
         self.weight = nn.Parameter(weight, requires_grad=False)
         for name in _NF4_BUFFERS:
@@ -186,8 +194,8 @@ class FusedLoRALinear(nn.Module):
         self, shape: torch.Size, dtype: torch.dtype, blocksize: int | None, bias: Tensor | None
     ) -> None:
         self.out_features, self.in_features = shape
-        self.base_dtype = dtype  # of W0 before it was quantised, and of what merging returns
         self.blocksize = blocksize  # None = dense
+        self._dtype_before_nf4 = None if blocksize is None else dtype
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
         self.adapter_specs: dict[str, LoRASpec] = {}
@@ -198,6 +206,11 @@ class FusedLoRALinear(nn.Module):
     @property
     def quantize(self) -> str | None:
         return None if self.blocksize is None else "nf4"
+
+    @property
+    def base_dtype(self) -> torch.dtype:
+        """The dtype of a dense W0, or what an NF4 one had before it was quantised; merging returns it."""
+        return self.weight.dtype if self._dtype_before_nf4 is None else self._dtype_before_nf4
 
     def base_weight(self) -> Tensor | NF4Weight:
         """W0 [N, K] as `lora_linear` takes it: an NF4Weight sharing the layer's tensors, or the dense one."""
@@ -231,8 +244,11 @@ class FusedLoRALinear(nn.Module):
         """Adds an adapter, on the base's device; the first one becomes active. Arguments as in the class."""
         if name in self.adapter_specs:
             raise ValueError(f"adapter {name!r} exists already; delete_adapter({name!r}) first")
-        if not name or "." in name:
-            raise ValueError(f"adapter name is {name!r}, expected a non-empty name without dots")
+        if not isinstance(name, str) or not name or "." in name or hasattr(self.lora_A, name):
+            raise ValueError(
+                f"adapter name is {name!r}, expected a non-empty string without dots that is no attribute of "
+                "torch.nn.ModuleDict"
+            )
         if init_lora_weights not in (True, False, "gaussian"):
             raise ValueError(
                 f"init_lora_weights is {init_lora_weights!r}, expected True, False or 'gaussian'"
@@ -241,6 +257,8 @@ class FusedLoRALinear(nn.Module):
         if dtype is None:
             half = self.base_dtype in (torch.float16, torch.bfloat16)
             dtype = torch.float32 if half else self.base_dtype
+        if not dtype.is_floating_point:
+            raise TypeError(f"adapter_dtype is {dtype}, expected a floating-point dtype")
         placed: dict[str, Any] = {"bias": False, "device": self.weight.device, "dtype": dtype}
         lora_A = nn.Linear(self.in_features, r, **placed)  # starts Kaiming-uniform with a = sqrt(5)
         lora_B = nn.Linear(r, self.out_features, **placed)
@@ -345,8 +363,6 @@ class FusedLoRALinear(nn.Module):
                 self._buffers[name] = tensor.to(now.device)
         if self.blocksize is not None and self.weight.dtype != codes.dtype:
             self.weight = nn.Parameter(codes.to(self.weight.device), requires_grad=False)
-        elif self.blocksize is None:
-            self.base_dtype = self.weight.dtype
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
@@ -411,7 +427,7 @@ class FusedLoRALinear(nn.Module):
         try:
             loaded = NF4Weight.from_state_dict(state_dict, key)
         except (ValueError, TypeError, KeyError) as error:
-            error_msgs.append(f"{key}: {error.args[0]}")
+            error_msgs.append(str(error.args[0]))
             return
         got = (tuple(loaded.shape), loaded.blocksize, loaded.double_quant)
         want = ((self.out_features, self.in_features), self.blocksize, self.nested_absmax is not None)
@@ -429,7 +445,7 @@ class FusedLoRALinear(nn.Module):
                 self._buffers[name] = value
             elif buffer is not None:
                 buffer.copy_(value)
-        self.base_dtype = loaded.dtype
+        self._dtype_before_nf4 = loaded.dtype
 
     def extra_repr(self) -> str:
         base = "dense" if self.blocksize is None else f"nf4, blocksize={self.blocksize}"

@@ -145,36 +145,35 @@ class NF4Weight:
             return state_dict[key]
 
         key = f"{prefix}.{_QUANT_STATE}"
+        text = get(_QUANT_STATE)
         try:
-            state = json.loads(bytes(get(_QUANT_STATE).cpu().to(torch.uint8).tolist()))
-            shape = tuple(int(size) for size in state["shape"])
-            blocksize, dtype_name, quant_type = int(state["blocksize"]), state["dtype"], state["quant_type"]
-        except (UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
-            raise ValueError(f"{key}: not the JSON that describes an NF4 weight ({error})") from error
+            state = json.loads(bytes(text.cpu().to(torch.uint8).tolist()))
+            quant_type, dtype_name = str(state["quant_type"]), str(state["dtype"])
+            shape, blocksize = tuple(int(size) for size in state["shape"]), int(state["blocksize"])
+            nested_offset = float(state["nested_offset"]) if "nested_offset" in state else None
+            nested_blocksize = state.get("nested_blocksize")
         except KeyError as error:
-            if str(error.args[0]).startswith("NF4 weight"):
-                raise
             raise ValueError(f"{key}: the entry {error} is missing") from error
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{key}: not the JSON that describes an NF4 weight ({error})") from error
         if quant_type != "nf4":
             raise ValueError(f"{key}: quant_type is {quant_type!r}, expected 'nf4'")
-        if len(shape) != 2 or dtype_name not in _DTYPES:
+        if len(shape) != 2 or min(shape) < 0 or dtype_name not in _DTYPES:
             raise ValueError(
                 f"{key}: got shape {shape} and dtype {dtype_name!r}, expected two sizes and one of "
                 f"{', '.join(_DTYPES)}"
             )
-        if "quant_map" in "".join(k for k in state_dict if k.startswith(f"{prefix}.")):
-            _check_map(f"{prefix}.quant_map", get("quant_map"), reference.codebook())
+        _check_map(f"{prefix}.quant_map", get("quant_map"), reference.codebook())
         nested_absmax = offset = None
-        if "nested_offset" in state:
-            if state.get("nested_blocksize") != reference.NESTED_BLOCKSIZE:
+        if nested_offset is not None:
+            if nested_blocksize != reference.NESTED_BLOCKSIZE:
                 raise ValueError(
-                    f"{key}: nested_blocksize is {state.get('nested_blocksize')}, expected "
-                    f"{reference.NESTED_BLOCKSIZE}"
+                    f"{key}: nested_blocksize is {nested_blocksize}, expected {reference.NESTED_BLOCKSIZE}"
                 )
             nested_absmax = get("nested_absmax")
             _check_map(f"{prefix}.nested_quant_map", get("nested_quant_map"), reference.dynamic_map())
             # Explicitly float32: the default dtype may be another one while a model is being loaded.
-            offset = torch.tensor(float(state["nested_offset"]), dtype=torch.float32, device=get("").device)
+            offset = torch.tensor(nested_offset, dtype=torch.float32, device=get("").device)
         packed = get("")
         if packed.dtype != torch.uint8:  # bitsandbytes' quant_storage: the same bytes under another dtype
             packed = packed.contiguous().view(torch.uint8)
@@ -185,16 +184,13 @@ class NF4Weight:
         return weight
 
     def check(self, name: str = "weight") -> None:
-        """Raises ValueError or TypeError, naming `name`, where the tensors do not make an NF4 weight."""
-        try:
-            ops.check_nf4(self.base_weight())
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"{name}: {error}") from None
+        """Raises ValueError or TypeError, naming the part, where the tensors do not make an NF4 weight."""
+        ops.check_nf4(self.base_weight(), "NF4 weight", name, separator=".")
         for part, tensor in self.tensors().items():
             if tensor.is_meta or tensor.dtype != torch.float32:
                 continue
             if not bool(torch.isfinite(tensor).all()):
-                raise ValueError(f"{name}: {part} holds a NaN or an infinity")
+                raise ValueError(f"NF4 weight: {name}.{part} holds a NaN or an infinity")
 
     def __repr__(self) -> str:
         return (

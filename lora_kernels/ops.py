@@ -53,29 +53,36 @@ def _check_blocksize(op: str, blocksize: int) -> None:
         raise ValueError(f"{op}: blocksize is {blocksize}, expected one of {NF4_BLOCKSIZES}")
 
 
-def check_nf4(base: BaseWeight, op: str = "NF4Weight") -> None:
-    """Raises ValueError or TypeError where the tensors of an NF4 weight do not fit its shape."""
+def check_nf4(base: BaseWeight, op: str, weight_name: str = "weight", separator: str = "") -> None:
+    """Raises ValueError or TypeError where the tensors of an NF4 weight do not fit its shape.
+
+    Messages name them weight, absmax, ..., or with a separator "." weight, weight.absmax, ...
+    """
+
+    def name(part: str) -> str:
+        return weight_name + separator + part if separator else part
+
     _check_blocksize(op, base.blocksize)
     n = base.out_features * base.in_features
     blocks = _ceil_div(n, base.blocksize)
-    _check_dtype(op, "weight", base.data, (torch.uint8,))
+    _check_dtype(op, weight_name, base.data, (torch.uint8,))
     if base.data.numel() != _ceil_div(n, 2):
         raise ValueError(
-            f"{op}: weight holds {base.data.numel()} bytes of NF4 codes, expected ceil(N*K/2) = "
+            f"{op}: {weight_name} holds {base.data.numel()} bytes of NF4 codes, expected ceil(N*K/2) = "
             f"{_ceil_div(n, 2)} for N = {base.out_features}, K = {base.in_features}"
         )
-    _check_shape(op, "absmax", base.absmax, (blocks,), "[ceil(N*K / blocksize)]")
+    _check_shape(op, name("absmax"), base.absmax, (blocks,), "[ceil(N*K / blocksize)]")
     if (base.nested_absmax is None) != (base.offset is None):
         raise ValueError(f"{op}: nested_absmax and offset go together; got only one of them")
     if base.nested_absmax is None:
-        _check_dtype(op, "absmax (not double-quantised)", base.absmax, (torch.float32,))
+        _check_dtype(op, name("absmax") + " (not double-quantised)", base.absmax, (torch.float32,))
         return
-    _check_dtype(op, "absmax (double-quantised)", base.absmax, (torch.uint8,))
-    _check_dtype(op, "nested_absmax", base.nested_absmax, (torch.float32,))
-    _check_dtype(op, "offset", base.offset, (torch.float32,))
+    _check_dtype(op, name("absmax") + " (double-quantised)", base.absmax, (torch.uint8,))
+    _check_dtype(op, name("nested_absmax"), base.nested_absmax, (torch.float32,))
+    _check_dtype(op, name("offset"), base.offset, (torch.float32,))
     nested_blocks = _ceil_div(blocks, NESTED_BLOCKSIZE)
-    _check_shape(op, "nested_absmax", base.nested_absmax, (nested_blocks,), "[ceil(blocks / 256)]")
-    _check_shape(op, "offset", base.offset, (), "[]")
+    _check_shape(op, name("nested_absmax"), base.nested_absmax, (nested_blocks,), "[ceil(blocks / 256)]")
+    _check_shape(op, name("offset"), base.offset, (), "[]")
 
 
 def _check_base(op: str, base: BaseWeight, like: Tensor, like_name: str) -> None:
