@@ -20,11 +20,6 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-try:
-    from setuptools.command.bdist_wheel import bdist_wheel
-except ImportError:  # setuptools < 70.1
-    from wheel.bdist_wheel import bdist_wheel
-
 ROOT = Path(__file__).parent.resolve()
 ALL_ARCHS = "80;86;89;90a;100a;120"
 PTX_ARCH = "120"  # the newest base architecture: its PTX runs on every later device
@@ -186,13 +181,22 @@ class NinjaBuild(build_ext):
         return os.path.join(*name.split(".")) + ".abi3.so"
 
 
-class Abi3Wheel(bdist_wheel):
-    def finalize_options(self) -> None:
-        self.py_limited_api = "cp310"
-        super().finalize_options()
+def wheel_commands() -> dict[str, type]:
+    """A bdist_wheel that tags the wheel abi3; nothing where setuptools (< 70.1) has none: build_ext needs none."""
+    try:
+        from setuptools.command.bdist_wheel import bdist_wheel
+    except ImportError:
+        return {}
+
+    class Abi3Wheel(bdist_wheel):
+        def finalize_options(self) -> None:
+            self.py_limited_api = "cp310"
+            super().finalize_options()
+
+    return {"bdist_wheel": Abi3Wheel}
 
 
 setup(
     ext_modules=[Extension("lora_kernels._C", sources=[], py_limited_api=True)],
-    cmdclass={"build_ext": NinjaBuild, "bdist_wheel": Abi3Wheel},
+    cmdclass={"build_ext": NinjaBuild, **wheel_commands()},
 )

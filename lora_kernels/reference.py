@@ -148,18 +148,21 @@ def philox4x32_10(counter: Tensor, key: Tensor) -> Tensor:
     return torch.stack([c0, c1, c2, c3], dim=1)
 
 
-def dropout_mask(shape: tuple[int, int], p: float, rng: Tensor) -> Tensor:  # [T, K] bool, True = kept
+def dropout_mask(
+    shape: tuple[int, int], p: float, rng: Tensor, first: int = 0
+) -> Tensor:  # bool, True = kept
     """Element i (flat) uses word i mod 4 of counter (i div 4, offset), key seed; rng = int64 (seed, offset).
 
-    It is kept where the word >= floor(p * 2**32).
+    It is kept where the word >= floor(p * 2**32). `first` is the flat index of the first element of the result,
+    for a part of a larger x.
     """
     n, word = math.prod(shape), 0xFFFFFFFF
-    index = torch.arange((n + 3) // 4, device=rng.device)
+    index = torch.arange(first // 4, (first + n + 3) // 4, device=rng.device)
     seed, offset = rng.unbind(0)
     low_high = [index & word, index >> 32 & word, (offset & word).expand_as(index)]
     counter = torch.stack([*low_high, (offset >> 32 & word).expand_as(index)], dim=1)
     words = philox4x32_10(counter, torch.stack([seed & word, seed >> 32 & word]))
-    return (words.reshape(-1)[:n] >= int(p * 2**32)).reshape(shape)
+    return (words.reshape(-1)[first % 4 :][:n] >= int(p * 2**32)).reshape(shape)
 
 
 def lora_dropout(x: Tensor, p: float, rng: Tensor | None) -> Tensor:  # [T, K]

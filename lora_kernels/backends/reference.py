@@ -41,7 +41,7 @@ def nf4_dequantize(base: BaseWeight, row: int, col: int, out: Tensor) -> None:
 
 
 def lora_dropout(x: Tensor, p: float, rng: Tensor, first: int, out: Tensor) -> None:
-    keep = reference.dropout_mask((1, first + x.numel()), p, rng)[0, first:].reshape(x.shape)
+    keep = reference.dropout_mask(x.shape, p, rng, first)
     out.copy_(torch.where(keep, x, torch.zeros_like(x)))
 
 

@@ -1,0 +1,64 @@
+"""Runs the CPU suite and prints its table: `python bench/run.py [--quick] [--results FOLDER]`.
+
+Raw numbers and table go to bench/results/<processor and cores>/<date>.json and .md. One thread for each
+core this process may use, bound to its core.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description="Times the ops on this machine's CPU.", allow_abbrev=False)
+    parser.add_argument("--quick", action="store_true", help="small shapes only, under 40 s")
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", metavar="FOLDER")
+    arguments = parser.parse_args(argv)
+
+    sys.path.insert(0, str(ROOT))
+    from bench import machine
+
+    folder = arguments.results.resolve() / machine.slug()
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = folder / time.strftime("%Y-%m-%d_%H%M%S.json")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(machine.core_count())),
+        "OMP_PROC_BIND": os.environ.get("OMP_PROC_BIND", "close"),
+        "OMP_PLACES": os.environ.get("OMP_PLACES", "cores"),
+    }
+    command = [sys.executable, "-m", "pytest", "bench", "--benchmark-only", "-q", "-p", "no:cacheprovider"]
+    command += [f"--benchmark-json={raw}", "--benchmark-quiet"]
+    command += ["--quick"] if arguments.quick else []
+    status = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+    if not raw.exists() or raw.stat().st_size == 0:
+        raw.unlink(missing_ok=True)
+        if not any(folder.iterdir()):
+            folder.rmdir()
+        print("bench/run.py: error: no benchmark was completed", file=sys.stderr)
+        return status or 1
+    report = subprocess.run(
+        [sys.executable, "-m", "bench.report", str(raw)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    print(report.stdout, end="")
+    if report.returncode == 0:
+        raw.with_suffix(".md").write_text(report.stdout)
+        print(f"written: {raw} and {raw.with_suffix('.md').name}")
+    else:
+        print(report.stderr, end="", file=sys.stderr)
+    return status or report.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

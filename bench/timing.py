@@ -1,0 +1,120 @@
+"""Times of calls: CUDA-graph replays over rotating tensor sets, and plain calls by the wall clock.
+
+A "call" is a function without arguments that does the work once, on tensors of its own; a list of calls is
+one rotation. Every time is in seconds for one call.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+Call = Callable[[], object]
+
+MIN_SAMPLE_S = 2e-3  # what one sample should last at least: well over the resolution of events and of a clock
+MAX_CALLS = 1024  # in one graph
+SAMPLES = (5, 25)  # at least, at most
+
+
+def summary(samples: Sequence[float]) -> dict[str, float]:
+    """median, p10 and p90 in microseconds, and how many samples they come from."""
+    deciles = (
+        statistics.quantiles(samples, n=10, method="inclusive") if len(samples) > 1 else [samples[0]] * 9
+    )
+    return {
+        "median_us": statistics.median(samples) * 1e6,
+        "p10_us": deciles[0] * 1e6,
+        "p90_us": deciles[8] * 1e6,
+        "samples": len(samples),
+    }
+
+
+def sample_count(one_s: float, budget_s: float) -> int:
+    """How many samples of one_s fit the budget, within SAMPLES."""
+    return max(SAMPLES[0], min(SAMPLES[1], int(budget_s / max(one_s, 1e-9))))
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def wall_times(
+    calls: Sequence[Call], device: torch.device, warmup_s: float, budget_s: float
+) -> dict[str, float]:
+    """Time of a call made from Python, launch overhead and all: in turn, synchronised once per sample."""
+
+    def run(count: int) -> float:
+        synchronize(device)
+        start = time.perf_counter()
+        for i in range(count):
+            calls[i % len(calls)]()
+        synchronize(device)
+        return time.perf_counter() - start
+
+    run(len(calls))
+    one, warmed = run(len(calls)) / len(calls), 0.0
+    while warmed < warmup_s:
+        warmed += run(len(calls))
+    count = max(1, min(MAX_CALLS, math.ceil(MIN_SAMPLE_S / one)))
+    return summary([run(count) / count for _ in range(sample_count(one * count, budget_s))])
+
+
+def graph_times(calls: Sequence[Call], warmup_s: float, budget_s: float) -> dict[str, float]:
+    """Time of a call on the device without launch overhead: replays of a CUDA graph of `calls`, by events.
+
+    The results of all calls of a rotation are kept alive in the graph, so that outputs rotate as inputs do.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # what initialises itself at its first call must do so before the capture
+        for call in calls:
+            call()
+        stream.synchronize()
+        start = time.perf_counter()
+        for call in calls:
+            call()
+        stream.synchronize()
+        rotation = time.perf_counter() - start
+    torch.cuda.current_stream().wait_stream(stream)
+    cycles = max(1, min(MAX_CALLS // len(calls), math.ceil(MIN_SAMPLE_S / rotation)))
+    graph, kept = torch.cuda.CUDAGraph(), {}
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(cycles):
+                for i, call in enumerate(calls):
+                    kept[i] = call()
+        begin = time.perf_counter()
+        replay = 0.0
+        while replay == 0.0 or time.perf_counter() - begin < warmup_s:
+            before = time.perf_counter()
+            graph.replay()
+            torch.cuda.synchronize()
+            replay = time.perf_counter() - before
+        events = []
+        for _ in range(sample_count(replay, budget_s)):
+            pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            pair[0].record()
+            graph.replay()
+            pair[1].record()
+            events.append(pair)
+        torch.cuda.synchronize()
+        per_call = cycles * len(calls)
+        return summary([a.elapsed_time(b) / 1e3 / per_call for a, b in events])
+    finally:
+        kept.clear()
+        graph.reset()
+
+
+def peak_bytes(call: Call, device: torch.device) -> int | None:
+    """Device memory that one call needs beyond what was allocated before it, its result included."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before

@@ -1,0 +1,56 @@
+"""The shortest proof that the build works on this machine's GPU; needs no pytest.
+
+    python3 tests/gpu/smoke.py
+
+Loads `_C`, asks whether torch's stream symbol is bound, and runs nf4_dequantize and one forward and
+backward of lora_linear on the device against the specification. Exit status 0, or 1 with one line that says
+what is wrong.
+"""
+
+import sys
+
+import torch
+
+
+def main() -> int:
+    from lora_kernels.backends.native import _C
+
+    print(f"loaded {_C.__name__} (built for {_C.cuda_archs or 'no GPU'}), torch {torch.__version__}")
+    if not torch.cuda.is_available():
+        print("smoke: no CUDA device")
+        return 1
+    if _C.cuda_stream_bound != 1:
+        print("smoke: torch's stream symbol is not bound, so no kernel can be launched on torch's stream")
+        return 1
+
+    import lora_kernels as lk
+    from lora_kernels import reference
+
+    print(f"device {torch.cuda.get_device_name()}, stream symbol bound")
+    for n, k in ((256, 512), (37, 91)):  # the aligned kernel, and the general one
+        weight = lk.nf4_quantize(torch.randn(n, k))
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            wanted = reference.nf4_dequantize(*weight.base_weight()[:4], (n, k), weight.blocksize, dtype)
+            if not torch.equal(weight.to("cuda").dequantize(dtype).cpu(), wanted):
+                print(f"smoke: nf4_dequantize [{n}, {k}] to {dtype} differs from the specification")
+                return 1
+
+    x, A, B = torch.randn(32, 512), torch.randn(8, 512), torch.randn(256, 8)
+    weight, results = lk.nf4_quantize(torch.randn(256, 512)), []
+    for device in ("cpu", "cuda"):
+        leaves = [t.to(device).requires_grad_() for t in (x, A, B)]
+        y = lk.lora_linear(leaves[0], weight.to(device), *leaves[1:], scaling=0.5)
+        y.square().sum().backward()
+        results.append([y.detach(), *(leaf.grad for leaf in leaves)])
+    for name, on_cpu, on_cuda in zip(("y", "dx", "dA", "dB"), *results, strict=True):
+        error = float((on_cuda.cpu().double() - on_cpu.double()).norm() / on_cpu.double().norm())
+        if not error < 1e-5:
+            print(f"smoke: {name} on the device is off by {error:.1e} from the CPU's")
+            return 1
+    torch.cuda.synchronize()
+    print("smoke: nf4_dequantize is bit-exact, lora_linear agrees with the CPU")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
