@@ -182,7 +182,7 @@ class NinjaBuild(build_ext):
 
 
 def wheel_commands() -> dict[str, type]:
-    """A bdist_wheel that tags the wheel abi3; nothing where setuptools (< 70.1) has none: build_ext needs none."""
+    """A bdist_wheel that tags the wheel abi3; nothing where setuptools < 70.1 has none."""
     try:
         from setuptools.command.bdist_wheel import bdist_wheel
     except ImportError:
