@@ -153,8 +153,8 @@ def dropout_mask(
 ) -> Tensor:  # bool, True = kept
     """Element i (flat) uses word i mod 4 of counter (i div 4, offset), key seed; rng = int64 (seed, offset).
 
-    It is kept where the word >= floor(p * 2**32). `first` is the flat index of the result's first element, for
-    a part of a larger x.
+    It is kept where the word >= floor(p * 2**32). `first` is the flat index of the result's first element,
+    for a part of a larger x.
     """
     n, word = math.prod(shape), 0xFFFFFFFF
     index = torch.arange(first // 4, (first + n + 3) // 4, device=rng.device)

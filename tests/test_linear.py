@@ -73,7 +73,7 @@ def gradients(layer, x, dy=None, run=None):
     return {"y": y.detach(), "x": x.grad} | grads
 
 
-# ---- how it starts --------------------------------------------------------------------------------------------------
+# ---- how it starts -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -146,7 +146,7 @@ def test_only_the_adapter_is_trainable(base):
     assert trainable == ["lora_A.default.weight", "lora_B.default.weight"]
 
 
-# ---- forward and gradients ------------------------------------------------------------------------------------------
+# ---- forward and gradients ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -198,8 +198,8 @@ def test_any_rank_shape_and_layout_of_x(leading, k, n, r, quantize, layout, seed
     weight = layer.dequantized_weight(torch.float32).double()
     expected = exact @ weight.T + layer.bias.double() + 2.0 * (exact @ a.T) @ b.T
     expected.sum().backward()
-    # A single element may cancel to nearly zero, so errors are relative to the largest terms of a sum: at most
-    # K + r + 2 of them for y (N, T for gradients), each rounded to 2**-24.
+    # A single element may cancel to nearly zero, so errors are relative to the largest terms of a sum: at
+    # most K + r + 2 of them for y (N, T for gradients), each rounded to 2**-24.
     for got, want in ((y, expected), (leaf.grad, exact.grad), (A.grad, a.grad), (B.grad, b.grad)):
         terms = k + n + r + x.numel() // k + 2
         largest = 16 * float(want.abs().max() if want.numel() else 0) + 16
@@ -345,7 +345,7 @@ def test_compiles_without_a_graph_break(p, seed):
             assert relative_error(results[1][name], expected.double()) <= LIMIT[torch.float32], name
 
 
-# ---- dropout --------------------------------------------------------------------------------------------------------
+# ---- dropout -----------------------------------------------------------------------------------------------
 
 
 def mask_layer(p):
@@ -405,7 +405,7 @@ def test_gradients_use_the_mask_of_the_forward():
     assert relative_error(got["lora_A.default.weight"], dA) <= LIMIT[torch.float32]
 
 
-# ---- from_linear ----------------------------------------------------------------------------------------------------
+# ---- from_linear -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -444,7 +444,7 @@ def test_from_linear_refuses_a_weight_that_holds_codes():
         FusedLoRALinear.from_linear(linear, r=None)
 
 
-# ---- copies, files, state dicts -------------------------------------------------------------------------------------
+# ---- copies, files, state dicts ----------------------------------------------------------------------------
 
 
 def through_torch_save(thing, weights_only):
@@ -522,7 +522,7 @@ def test_assign_takes_over_the_dtype_of_a_dense_weight():
 
 
 def test_loading_into_a_merged_layer_is_not_lost():
-    """Either it is refused, or the outputs are those of what was loaded; never silently those of the old weight."""
+    """Either it is refused, or the outputs are those of what was loaded; never those of the old weight."""
     layer, other, x = make("dense"), make("dense"), torch.randn(T, K)
     layer.merge()
     try:
@@ -702,7 +702,7 @@ def test_a_dense_layer_computes_in_float64():
         assert relative_error(got[name], expected[name]) < 1e-14, name
 
 
-# ---- several adapters -----------------------------------------------------------------------------------------------
+# ---- several adapters --------------------------------------------------------------------------------------
 
 
 def test_one_of_several_adapters_is_active(base):
@@ -746,7 +746,7 @@ def test_adapter_names_that_a_module_cannot_have_are_refused(name):
     assert list(layer.adapter_specs) == list(layer.lora_A) == list(layer.lora_B) == ["default"]
 
 
-# ---- errors ---------------------------------------------------------------------------------------------------------
+# ---- errors ------------------------------------------------------------------------------------------------
 
 BAD = [
     ({"r": 0}, ValueError, "r is 0"),

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from lora_kernels.adapters.inject import linear_layers, lora_layers, matches, replace_module
+from lora_kernels.adapters.inject import convert, linear_layers, lora_layers, matches, replace_modules
 from lora_kernels.linear import FusedLoRALinear, LoRASpec
 
 CONFIG_FILE = "adapter_config.json"
@@ -245,14 +245,19 @@ def load_adapter(
             lora_dropout=config.get("lora_dropout", 0.0),
             use_rslora=config.get("use_rslora", False),
         )
-    made: dict[str, FusedLoRALinear] = {}
+    made: dict[nn.Module, FusedLoRALinear] = {}
     for module in matrices:
-        if not isinstance(layers[module], FusedLoRALinear):
-            made[module] = FusedLoRALinear.from_linear(
-                layers[module], r=None, quantize=quantize, blocksize=blocksize, double_quant=double_quant
+        layer = layers[module]
+        if not isinstance(layer, FusedLoRALinear):
+            made[layer] = convert(
+                module,
+                layer,
+                r=None,
+                quantize=quantize,
+                blocksize=blocksize,
+                double_quant=double_quant,
             )
-    for module, layer in made.items():
-        replace_module(model, module, layer)
+    replace_modules(model, made)
     model.requires_grad_(False)
     for module, pair in matrices.items():
         layer, spec = model.get_submodule(module), specs[module]

@@ -1,7 +1,7 @@
 """Replacing the linear layers of a model by FusedLoRALinear."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -85,9 +85,20 @@ def _targets(
     return [name for name in layers if any(matches(name, target) for target in targets)]
 
 
-def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)
+def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Puts new modules in place of old ones, wherever the model uses them: what was shared stays shared."""
+    places = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if m in replacements]
+    for name, old in places:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, replacements[old])
+
+
+def convert(name: str, layer: nn.Module, **options: Any) -> FusedLoRALinear:
+    """FusedLoRALinear.from_linear(layer, **options); its errors name the layer."""
+    try:
+        return FusedLoRALinear.from_linear(layer, **options)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{name}: {error}") from error
 
 
 def inject(
@@ -142,32 +153,28 @@ def inject(
             )
             raise ValueError(f"{name} {state} already")
     # All new layers are made before the first is put in place, so that an error leaves the model as it was.
-    made: dict[int, FusedLoRALinear] = {}
+    made: dict[nn.Module, FusedLoRALinear] = {}
     for name in targets:
         layer = layers[name]
-        if isinstance(layer, FusedLoRALinear) or id(layer) in made:
+        if isinstance(layer, FusedLoRALinear) or layer in made:
             continue
-        try:
-            made[id(layer)] = FusedLoRALinear.from_linear(
-                layer,
-                r,
-                lora_alpha,
-                quantize=quantize,
-                blocksize=blocksize,
-                double_quant=double_quant,
-                adapter_dtype=adapter_dtype,
-                adapter_name=adapter_name,
-                **spec,
-            )
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"{name}: {error}") from error
+        made[layer] = convert(
+            name,
+            layer,
+            r=r,
+            lora_alpha=lora_alpha,
+            quantize=quantize,
+            blocksize=blocksize,
+            double_quant=double_quant,
+            adapter_dtype=adapter_dtype,
+            adapter_name=adapter_name,
+            **spec,
+        )
     for name in targets:
         layer = layers[name]
         if isinstance(layer, FusedLoRALinear):
             layer.add_adapter(adapter_name, r, lora_alpha, dtype=adapter_dtype, **spec)
-    everywhere = [n for n, module in model.named_modules(remove_duplicate=False) if id(module) in made]
-    for name in everywhere:
-        replace_module(model, name, made[id(model.get_submodule(name))])
+    replace_modules(model, made)
     model.requires_grad_(False)
     for name in targets:
         layer = model.get_submodule(name)

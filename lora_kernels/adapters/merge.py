@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lora_kernels.adapters.inject import lora_layers, replace_module
+from lora_kernels.adapters.inject import lora_layers, replace_modules
 from lora_kernels.linear import FusedLoRALinear
 from lora_kernels.nf4 import nf4_quantize
 
@@ -53,7 +53,7 @@ def merge_and_unload(model: nn.Module, requantize: bool = False) -> list[MergeEr
         One MergeError for every requantised layer; empty without `requantize`.
     """
     errors = []
-    replaced: dict[int, nn.Module] = {}
+    replaced: dict[nn.Module, nn.Module] = {}
     for name, layer in _layers(model):
         weight = layer.dequantized_weight(torch.float32)
         delta = None
@@ -80,8 +80,6 @@ def merge_and_unload(model: nn.Module, requantize: bool = False) -> list[MergeEr
                 blocksize=layer.blocksize,
                 double_quant=layer.nested_absmax is not None,
             )
-        replaced[id(layer)] = new.train(layer.training)
-    everywhere = [n for n, module in model.named_modules(remove_duplicate=False) if id(module) in replaced]
-    for name in everywhere:
-        replace_module(model, name, replaced[id(model.get_submodule(name))])
+        replaced[layer] = new.train(layer.training)
+    replace_modules(model, replaced)
     return errors

@@ -1,0 +1,45 @@
+"""memory_report and explain tell what is so."""
+
+import pytest
+import torch
+from torch import nn
+
+import lora_kernels as lk
+
+
+def test_memory_report_adds_up_to_the_bytes_that_are_there():
+    model = nn.Sequential(nn.Embedding(11, 64), nn.Linear(64, 96), nn.BatchNorm1d(96), nn.Linear(96, 32))
+    lk.inject(model, ["1", "3"], r=4, quantize="nf4")
+    report = lk.memory_report(model)
+    n = 64 * 96 + 96 * 32
+    assert report["base_weights"] == n // 2
+    assert report["quantization_constants"] == sum(b + 4 + 4 for b in (64 * 96 // 64, 96 * 32 // 64))
+    assert report["adapters"] == 4 * 4 * (64 + 96 + 96 + 32)
+    assert report["other_parameters"] == 4 * (11 * 64 + 96 + 32 + 2 * 96)
+    assert report["buffers"] == 4 * 2 * 96 + 8
+    assert report["gradients"] == report["merged_weights"] == 0
+    assert report["total"] == sum(v for k, v in report.items() if k != "total")
+    model[1](torch.randn(2, 64)).sum().backward()
+    assert lk.memory_report(model)["gradients"] == 4 * 4 * (64 + 96)
+    lk.merge(model)
+    assert lk.memory_report(model)["merged_weights"] == 4 * n
+
+
+def test_shared_storage_counts_once():
+    linear = nn.Linear(64, 64)
+    model = nn.ModuleList([lk.FusedLoRALinear.from_linear(linear, r=2), linear])
+    report = lk.memory_report(model)
+    assert report["base_weights"] + report["other_parameters"] == 4 * (64 * 64 + 64)
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_explain_names_backend_kernel_and_workspace(quantize):
+    layer = lk.FusedLoRALinear(4096, 4096, r=4, quantize=quantize, dtype=torch.bfloat16)
+    text = lk.explain(layer, tokens=2048)
+    assert "T = 2048" in text and "backend: cpu" in text and "forward" in text and "backward" in text
+    if quantize:
+        assert "nf4_dequantize" in text and "4 panel(s) of 1024 rows" in text and "8.0 MiB" in text
+    else:
+        assert "dense" in text
+    with lk.use_backend("reference"):
+        assert "backend: reference" in lk.explain(layer.base_weight(), 1, torch.float32)
