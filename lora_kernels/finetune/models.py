@@ -1,0 +1,155 @@
+"""Loading a causal language model and its tokeniser from a folder, and putting adapters on it."""
+
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import lora_kernels as lk
+from lora_kernels.finetune.errors import UsageError, one_line
+from lora_kernels.finetune.settings import Settings
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(folder: Path, dtype: str, device: torch.device) -> nn.Module:
+    """The model in evaluation mode. Nothing is downloaded and no code of the folder is run.
+
+    Args:
+        dtype: float32, bfloat16, float16, or auto: what the folder's files have.
+
+    Raises:
+        UsageError: the folder cannot be loaded, in the first line of what transformers says about it.
+    """
+    import transformers
+    from safetensors import SafetensorError
+
+    try:
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=DTYPES.get(dtype, "auto"),
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        raise UsageError(
+            f"argument --model: {folder} cannot be loaded as a causal language model: {one_line(error)}"
+        ) from error
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers would fill them with noise
+        raise UsageError(
+            f"argument --model: the weights in {folder} lack {len(missing)} of the model's tensors: "
+            f"{missing[0]} for one"
+        )
+    if model.dtype not in DTYPES.values():
+        raise UsageError(
+            f"argument --model: {folder} has dtype {model.dtype}, expected one of {', '.join(DTYPES)}"
+        )
+    return model.to(device).eval()
+
+
+def load_tokenizer(folder: Path):
+    """The folder's tokeniser.
+
+    Raises:
+        UsageError: there is none.
+    """
+    import transformers
+    from safetensors import SafetensorError
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, TypeError, ImportError, SafetensorError) as error:
+        raise UsageError(f"argument --model: {folder} has no usable tokenizer: {one_line(error)}") from error
+
+
+def check_seq_len(model: nn.Module, seq_len: int) -> None:
+    """Refuse rows longer than the model has positions for."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and seq_len > limit:
+        raise UsageError(
+            f"argument --seq-len: got {seq_len}, expected at most {limit}, the model's longest input"
+        )
+
+
+def target_modules(text: str) -> str | list[str]:
+    """--target-modules as `inject` takes it: all-linear, a list of names, or a regular expression."""
+    text = text.strip()
+    if text == "all-linear":
+        return text
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    plain = all(name.replace("_", "").replace(".", "").isalnum() for name in names)
+    return names if plain else text
+
+
+def quantize_argument(settings: Settings) -> str | None:
+    """--quantize as the package's functions take it."""
+    return None if settings.quantize == "none" else settings.quantize
+
+
+def add_adapters(model: nn.Module, settings: Settings) -> list[str]:
+    """Inject the adapters; the names of the layers that got one.
+
+    Raises:
+        UsageError: no layer matches --target-modules, or a layer cannot be adapted.
+    """
+    try:
+        return lk.inject(
+            model,
+            target_modules(settings.target_modules),
+            r=settings.r,
+            lora_alpha=settings.lora_alpha,
+            lora_dropout=settings.lora_dropout,
+            use_rslora=settings.use_rslora,
+            quantize=quantize_argument(settings),
+            adapter_dtype=torch.float32,
+        )
+    except (ValueError, TypeError) as error:
+        raise UsageError(
+            f"argument --target-modules: got {settings.target_modules!r}: {one_line(error)}"
+        ) from error
+
+
+def pad_id(tokenizer) -> int:
+    """A token to fill rows with. Which one does not matter: it is no target, and no target looks at it."""
+    return next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+
+
+@torch.no_grad()
+def sample(
+    model: nn.Module, prompt: torch.Tensor, tokens: int, end: int | None, seed: int, check_stop
+) -> list[int]:
+    """Continue `prompt` [length] by up to `tokens` tokens drawn at temperature 0.8 from the likeliest 95 %.
+
+    Drawn with a generator of its own, so that a sample never moves the training's random numbers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    device = prompt.device
+    past, feed, drawn = None, prompt[None], []
+    for _ in range(tokens):
+        check_stop()
+        out = model(input_ids=feed, past_key_values=past, use_cache=True)
+        probabilities = torch.softmax(out.logits[0, -1].float().cpu() / 0.8, dim=-1)  # [vocabulary]
+        ordered, ids = probabilities.sort(descending=True, stable=True)
+        ordered[ordered.cumsum(0) - ordered > 0.95] = 0
+        token = int(ids[torch.multinomial(ordered, 1, generator=generator)])
+        drawn.append(token)
+        if token == end:
+            break
+        past = out.past_key_values
+        following = torch.tensor([[token]], device=device)
+        feed = following if past is not None else torch.cat([feed, following], dim=1)
+    return drawn
+
+
+def silence_libraries() -> None:
+    """Keep the screen to what this command says; the libraries' advice is for their own users."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module=r"(transformers|torch|huggingface_hub)(\.|$)")
