@@ -143,15 +143,16 @@ class FusedLoRALinear(nn.Module):
         """
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        if type(linear).__module__.split(".")[0] == "bitsandbytes":
-            from lora_kernels.integrations.bitsandbytes import from_linear4bit
-
-            layer._set_nf4(from_linear4bit(linear), linear.bias)
-        elif isinstance(linear, nn.Linear):
-            layer._set_base(linear.weight.detach(), linear.bias, quantize, blocksize, double_quant)
-        else:
+        weight = getattr(linear, "weight", None)
+        if isinstance(linear, nn.Linear) and hasattr(weight, "quant_state"):  # bitsandbytes' Linear4bit
+            layer._set_nf4(NF4Weight.from_params4bit(weight), linear.bias)
+        elif isinstance(linear, nn.Linear) and type(weight) is nn.Parameter:
+            layer._set_base(weight.detach(), linear.bias, quantize, blocksize, double_quant)
+        else:  # another layer, or a quantised one whose weight is a tensor subclass
+            kind = "" if weight is None else f" with a weight of type {type(weight).__name__}"
             raise TypeError(
-                f"from_linear: got a {type(linear).__name__}, expected nn.Linear or bitsandbytes' Linear4bit"
+                f"from_linear: got a {type(linear).__name__}{kind}, "
+                "expected nn.Linear or bitsandbytes' Linear4bit"
             )
         if r is not None:
             layer.add_adapter(

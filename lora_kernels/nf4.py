@@ -183,6 +183,39 @@ class NF4Weight:
         weight.check(prefix)
         return weight
 
+    @classmethod
+    def from_params4bit(cls, params: Tensor) -> "NF4Weight":
+        """The NF4Weight that shares the tensors of a bitsandbytes Params4bit, which is not changed.
+
+        Raises:
+            ValueError: it is not quantised yet (bitsandbytes does that when it is moved), is not nf4, or has
+                another size of nested blocks.
+        """
+        state = getattr(params, "quant_state", None)
+        if state is None:
+            raise ValueError(
+                "the Params4bit is not quantised yet: bitsandbytes quantises when the layer is moved, as by "
+                "layer.to('cpu')"
+            )
+        if state.quant_type != "nf4":
+            raise ValueError(f"the Params4bit has quant_type {state.quant_type!r}, expected 'nf4'")
+        nested_absmax = offset = None
+        if state.nested:
+            nested_blocksize = state.state2.blocksize
+            if nested_blocksize != reference.NESTED_BLOCKSIZE:
+                raise ValueError(
+                    f"the Params4bit has nested_blocksize {nested_blocksize}, "
+                    f"expected {reference.NESTED_BLOCKSIZE}"
+                )
+            nested_absmax, offset = state.state2.absmax, state.offset.float().reshape(())
+        packed = params.detach()
+        if packed.dtype != torch.uint8:  # quant_storage: the same bytes under another dtype
+            packed = packed.contiguous().view(torch.uint8)
+        shape, blocksize, dtype = tuple(state.shape), state.blocksize, state.dtype
+        weight = cls(packed.reshape(-1, 1), state.absmax, nested_absmax, offset, shape, blocksize, dtype)
+        weight.check("Params4bit")
+        return weight
+
     def check(self, name: str = "weight") -> None:
         """Raises ValueError or TypeError, naming the part, where the tensors do not make an NF4 weight."""
         ops.check_nf4(self.base_weight(), "NF4 weight", name, separator=".")

@@ -7,7 +7,6 @@ from torch import nn
 import lora_kernels as lk
 from lora_kernels.integrations.bitsandbytes import (
     from_linear4bit,
-    from_params4bit,
     to_linear4bit,
     to_params4bit,
 )
@@ -42,7 +41,7 @@ def linear4bit(bias=True, nested=True, blocksize=64, storage=torch.uint8, dtype=
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
 def test_params4bit_keeps_its_bytes_both_ways(nested, blocksize, storage):
     params = linear4bit(nested=nested, blocksize=blocksize, storage=storage).weight
-    weight = from_params4bit(params)
+    weight = lk.NF4Weight.from_params4bit(params)
     assert weight.shape == (N, K) and weight.blocksize == blocksize and weight.double_quant == nested
     assert torch.equal(weight.packed.reshape(-1), params.data.view(torch.uint8).reshape(-1))
     wanted = bnb.functional.dequantize_4bit(params.data, params.quant_state)
@@ -103,7 +102,7 @@ def test_what_is_not_nf4_or_not_quantised_is_refused():
     raw = bnb.nn.Linear4bit(K, N, quant_type="nf4")
     with pytest.raises(ValueError, match="not quantised yet"):
         FusedLoRALinear.from_linear(raw, r=2)
-    with pytest.raises(TypeError, match="expected Linear4bit"):
+    with pytest.raises(TypeError, match="Linear8bitLt with a weight of type Int8Params, expected nn.Linear"):
         FusedLoRALinear.from_linear(bnb.nn.Linear8bitLt(K, N), r=2)
 
 
