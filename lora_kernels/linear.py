@@ -149,7 +149,7 @@ class FusedLoRALinear(nn.Module):
         elif isinstance(linear, nn.Linear) and type(weight) is nn.Parameter:
             layer._set_base(weight.detach(), linear.bias, quantize, blocksize, double_quant)
         else:  # another layer, or a quantised one whose weight is a tensor subclass
-            kind = "" if weight is None else f" with a weight of type {type(weight).__name__}"
+            kind = f" with a weight of type {type(weight).__name__}" if isinstance(linear, nn.Linear) else ""
             raise TypeError(
                 f"from_linear: got a {type(linear).__name__}{kind}, "
                 "expected nn.Linear or bitsandbytes' Linear4bit"
