@@ -2,8 +2,7 @@
 
 Environment:
   LORA_KERNELS_CUDA_ARCHS  GPU architectures, e.g. "80;90a". Default: the device of this machine, else 90a;
-  where the
-                           variable CI is set, every supported one and PTX.
+                           where the variable CI is set, every supported one and PTX.
   LORA_KERNELS_CUDA        0 leaves CUDA out.
   CXX, NVCC                the compilers.
 """

@@ -1,10 +1,10 @@
 // NF4 and its double-quantised scales: the one statement of the format in C++, used by every backend.
 //
 //   W [N, K] is flattened row-major to n = N*K elements, in blocks of `blocksize`; a block may straddle rows.
-//   w[i] = codebook[nibble(i)] * absmax[i / blocksize]          product in fp32, one rounding to the output
-//   type nibble(i): byte i/2 of `packed`; an even i is the HIGH nibble, an odd i the low one. Double
-//   quantisation: absmax[b] = dynamic_map[q[b]] * nested_absmax[b / 256] + offset   (product, then sum, in
-//   fp32)
+//   w[i] = codebook[nibble(i)] * absmax[i / blocksize]     product in fp32, one rounding to the output type
+//   nibble(i): byte i/2 of `packed`; an even i is the HIGH nibble, an odd i the low one.
+//   Double quantisation: absmax[b] = dynamic_map[q[b]] * nested_absmax[b / 256] + offset   (in fp32, rounded
+//   after the product and after the sum)
 //
 // Codebook: QLoRA (Dettmers et al. 2023), appendix E. Byte layout and dynamic map: bitsandbytes.
 #pragma once

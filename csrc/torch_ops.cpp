@@ -88,12 +88,10 @@ int64_t nf4_dequantize_cuda(const Tensor packed, const Tensor absmax, std::optio
 STABLE_TORCH_LIBRARY(lora_kernels, m) {
   m.def(
       "nf4_quantize.out(Tensor weight, int blocksize, *, Tensor(a!) packed, Tensor(b!) absmax, Tensor(c!)? "
-      "codes, "
-      "Tensor(d!)? nested_absmax, Tensor(e!)? offset) -> int");
+      "codes, Tensor(d!)? nested_absmax, Tensor(e!)? offset) -> int");
   m.def(
       "nf4_dequantize.out(Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? offset, int "
-      "blocksize, "
-      "int in_features, int row, int col, *, Tensor(a!) out) -> int");
+      "blocksize, int in_features, int row, int col, *, Tensor(a!) out) -> int");
   m.def("lora_dropout.out(Tensor x, float p, Tensor rng, int first, *, Tensor(a!) out) -> int");
 }
 

@@ -7,10 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lora_kernels import (
-    ops,
-    reference,
-)
+from lora_kernels import ops, reference
 from lora_kernels.base_weight import BaseWeight
 
 _QUANT_STATE = "quant_state.bitsandbytes__nf4"

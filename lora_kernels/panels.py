@@ -1,9 +1,8 @@
 """lora_linear and its backward as loops over panels of W0 around torch's GEMM.
 
 An NF4 weight is never dequantised as a whole: a panel of its rows (forward) or a slab of its columns (dx) is
-    decoded
-into a workspace of at most PANEL_BYTES, multiplied, and the workspace is used again. Row panels for y and
-column slabs for dx, so that every output element is one GEMM's fp32 sum over its whole inner dimension:
+decoded into a workspace of at most PANEL_BYTES, multiplied, and the workspace is used again. Row panels for y
+and column slabs for dx, so that every output element is one GEMM's fp32 sum over its whole inner dimension:
 summing dx over row panels would round it to T once per panel. The LoRA term is written first and the base
 product accumulates onto it, which costs one rounding of the small term instead of one more of the large sum.
 """

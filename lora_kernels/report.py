@@ -14,8 +14,8 @@ def memory_report(model: nn.Module) -> dict[str, int]:
     """Bytes of a model by part; storage that is shared is counted once.
 
     Keys: base_weights (of the adapted layers: packed codes or dense), quantization_constants (their scales),
-        adapters,
-    merged_weights, gradients, other_parameters (embeddings, norms, layers without adapters), buffers, total.
+    adapters, merged_weights, gradients, other_parameters (embeddings, norms, layers without adapters),
+    buffers, total.
     """
     report = dict.fromkeys(
         ("base_weights", "quantization_constants", "adapters", "merged_weights", "gradients"), 0

@@ -1,8 +1,7 @@
 """The CUDA backend: the compiled nf4_dequantize, panels around torch's GEMM.
 
 nf4_quantize and the dropout mask have no CUDA kernel of their own yet: they run the specification's PyTorch
-    code on
-the device, which gives the same bytes and the same mask; `explain` says so.
+code on the device, which gives the same bytes and the same mask; `explain` says so.
 """
 
 import torch
