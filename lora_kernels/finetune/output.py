@@ -1,5 +1,7 @@
 """The output folder: what may be in it at the start, and what a run puts there."""
 
+import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -40,9 +42,30 @@ def output_folder(output: Path, overwrite: bool) -> Iterator[None]:
     except OSError as error:
         raise UsageError(f"argument --output: cannot write in {output}: {error.strerror}") from error
     try:
-        yield
+        with locked(output):
+            yield
     finally:
         _remove_empty(made)
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Keep other runs out of the folder; the lock is on the folder itself and ends with the process.
+
+    Raises:
+        UsageError: another run holds it.
+    """
+    descriptor = os.open(output, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"argument --output: another run is writing in {output}") from error
+        except OSError:
+            pass  # a file system without locks, as some network ones: then there is none
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def clear(output: Path) -> None:

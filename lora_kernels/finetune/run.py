@@ -19,7 +19,7 @@ from lora_kernels.finetune import checkpoint, measure, models, report, stdlib_ba
 from lora_kernels.finetune.data import Rows
 from lora_kernels.finetune.errors import Interrupted, RunError, writing
 from lora_kernels.finetune.inputs import Inputs, check_same, read_documents, tokenize_documents
-from lora_kernels.finetune.output import ADAPTER, METRICS, PLOT, clear, output_folder
+from lora_kernels.finetune.output import ADAPTER, METRICS, PLOT, clear, locked, output_folder
 from lora_kernels.finetune.settings import Settings, check, continued
 from lora_kernels.finetune.training import StopSignal, Trainer, evaluate
 from lora_kernels.finetune.verify import Verification, logits_of, verify
@@ -40,7 +40,7 @@ def resume(given: dict[str, Any]) -> int:
     state = checkpoint.load(output)
     settings = continued(state["settings"], given)
     check(settings)
-    with _stoppable() as stop:
+    with _stoppable() as stop, locked(output):
         try:
             return _Run(settings, output, stop).go(state)
         except Interrupted as interrupted:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from lora_kernels.adapters import files
 from lora_kernels.finetune import checkpoint, cli
+from lora_kernels.finetune.output import locked
 
 from .conftest import run_process
 
@@ -152,6 +153,15 @@ def test_an_unfinished_run_is_not_overwritten_by_accident(interrupted, arguments
     assert cli.main([*arguments, "--overwrite"]) == 0
     assert cli.main(arguments) == 2
     assert "holds the results of another run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [["--resume"], ["--overwrite"]])
+def test_two_runs_do_not_write_in_one_folder(interrupted, arguments, capsys, options):
+    before = (interrupted / "checkpoint.pt").read_bytes()
+    with locked(interrupted):
+        assert cli.main([*arguments, *options]) == 2
+    assert "another run is writing in" in capsys.readouterr().err.splitlines()[-1]
+    assert (interrupted / "checkpoint.pt").read_bytes() == before
 
 
 @pytest.mark.parametrize("file", ["checkpoint.pt", "adapter_model.safetensors", "loss.png", "metrics.json"])
