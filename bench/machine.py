@@ -60,7 +60,7 @@ def commit() -> str | None:
 
 
 def describe_cpu() -> dict[str, object]:
-    from lora_kernels.backends.native import _C
+    from lora_kernels.backends.native import cpu_isa
 
     return {
         "cpu": cpu_name(),
@@ -68,7 +68,7 @@ def describe_cpu() -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "pinning": os.environ.get("OMP_PROC_BIND", "not pinned"),
         "last_level_cache_bytes": last_level_cache_bytes(),
-        "cpu_isa": _C.cpu_isa,
+        "cpu_isa": cpu_isa(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": commit(),

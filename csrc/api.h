@@ -18,6 +18,7 @@ typedef enum lk_status {
   LK_NONFINITE = 1,          // a weight to be quantised holds a NaN or an infinity
   LK_UNSUPPORTED_DTYPE = 2,  // a dtype that this launcher has no kernel for
   LK_NO_STREAM = 3,          // this torch has no current CUDA stream to launch on
+  LK_UNSUPPORTED_ISA = 4,    // no such instruction set, or not on this machine
   LK_LAUNCH_FAILED = 1000,   // 1000 + the cudaError_t of a launch
 } lk_status;
 
@@ -58,8 +59,11 @@ int lk_cuda_nf4_dequantize(const lk_nf4_weight* weight, const lk_region* region,
 int lk_cpu_lora_dropout(const void* x, int dtype, int64_t n, int64_t first, double p, const int64_t* rng,
                         void* out);
 
-// Which instruction set the CPU kernels use in this process: "avx512" or "portable".
+// The instruction set of the CPU kernels: the one in use, the highest this machine supports (of "portable",
+// "avx2", "avx512", "avx512bf16", each of which includes those before it), and the choice of another one.
 const char* lk_cpu_isa(void);
+const char* lk_cpu_best_isa(void);
+int lk_cpu_select_isa(const char* name);
 
 #ifdef __cplusplus
 }

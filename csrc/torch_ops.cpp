@@ -107,14 +107,27 @@ STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CUDA, m) {
 }
 #endif
 
+static PyObject* cpu_isa(PyObject*, PyObject*) { return PyUnicode_FromString(lk_cpu_isa()); }
+
+static PyObject* select_cpu_isa(PyObject*, PyObject* name) {
+  PyObject* bytes = PyUnicode_AsUTF8String(name);
+  if (bytes == nullptr) return nullptr;
+  const int status = lk_cpu_select_isa(PyBytes_AsString(bytes));
+  Py_DECREF(bytes);
+  return PyLong_FromLong(status);
+}
+
 // `import lora_kernels._C` loads the library, which registers the ops above. The module itself carries what
 // was built.
 PyMODINIT_FUNC PyInit__C(void) {
+  static PyMethodDef methods[] = {{"cpu_isa", cpu_isa, METH_NOARGS, nullptr},
+                                  {"select_cpu_isa", select_cpu_isa, METH_O, nullptr},
+                                  {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef definition = {
-      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
   PyObject* module = PyModule_Create(&definition);
   if (module == nullptr) return nullptr;
-  if (PyModule_AddStringConstant(module, "cpu_isa", lk_cpu_isa()) < 0 ||
+  if (PyModule_AddStringConstant(module, "cpu_best_isa", lk_cpu_best_isa()) < 0 ||
       PyModule_AddStringConstant(module, "cuda_archs", LK_CUDA_ARCHS) < 0 ||
       PyModule_AddStringConstant(module, "cuda_version", LK_CUDA_VERSION) < 0 ||
       PyModule_AddStringConstant(module, "torch_headers", LK_TORCH_HEADERS) < 0 ||

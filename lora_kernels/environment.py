@@ -9,7 +9,7 @@ import torch
 
 import lora_kernels
 from lora_kernels.backends import BACKENDS, backend_name
-from lora_kernels.backends.native import _C
+from lora_kernels.backends.native import _C, CPU_ISAS, cpu_isa
 
 # Statically linked CUDA 13 runtimes ask for this driver branch (CUDA 13.0 release notes, table 3).
 _DRIVER_FOR_CUDA = {"13": 580, "12": 525}
@@ -63,7 +63,7 @@ def report() -> str:
         f"torch              {torch.__version__} (the library was built against {_C.torch_headers})",
         f"compiler           {_C.compiler}",
         f"CPU                {_cpu_name()}, {torch.get_num_threads()} threads",
-        f"CPU kernels        {_C.cpu_isa} (LORA_KERNELS_CPU_ISA=portable forces the portable ones)",
+        f"CPU kernels        {cpu_isa()} (of {', '.join(CPU_ISAS)}: LORA_KERNELS_CPU_ISA forces one)",
         *_cuda_lines(),
         f"backends           {', '.join(BACKENDS)}; CPU tensors use {backend_name(torch.device('cpu'))!r}",
     ]

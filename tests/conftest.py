@@ -5,25 +5,21 @@ import random
 
 import pytest
 import torch
-
-import lora_kernels
-
-# Backends whose tensors live on the CPU. A later backend adds its name here and runs the whole suite.
-BACKENDS = ("reference", "cpu")
+from variants import KERNELS, VARIANTS, variant
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=VARIANTS)
 def backend(request):
-    """Forces one backend for the duration of a test."""
-    with lora_kernels.use_backend(request.param):
-        yield request.param
+    """Forces one backend, and one instruction set of the cpu backend, for the duration of a test."""
+    with variant(request.param) as name:
+        yield name
 
 
-@pytest.fixture(params=[name for name in BACKENDS if name != "reference"])
+@pytest.fixture(params=KERNELS)
 def kernels(request):
-    """Forces one backend that has kernels of its own: the reference is what those are measured by."""
-    with lora_kernels.use_backend(request.param):
-        yield request.param
+    """Likewise, without the reference, which is what the others are measured by."""
+    with variant(request.param) as name:
+        yield name
 
 
 @pytest.fixture(autouse=True)

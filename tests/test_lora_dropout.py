@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from variants import VARIANTS, module, variant
 
 import lora_kernels as lk
 from lora_kernels import reference
-from lora_kernels.backends import BACKENDS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -26,9 +26,10 @@ def test_dropout_mask_is_the_same_on_every_backend(n, first, p, seed, offset, dt
     x = torch.rand(n).to(dtype) + 1
     rng = torch.tensor([seed, offset])
     outs = []
-    for name in ("reference", "cpu"):
+    for name in VARIANTS:
         outs.append(torch.full_like(x, float("nan")))
-        BACKENDS[name].lora_dropout(x, p, rng, first, outs[-1])
+        with variant(name):
+            module().lora_dropout(x, p, rng, first, outs[-1])
     element = torch.arange(first, first + n)
     word = 0xFFFFFFFF
     counter = torch.stack(
@@ -54,7 +55,7 @@ def test_a_word_equal_to_the_threshold_is_kept(backend):
     out = torch.empty_like(x)
     for i, word in enumerate(words.tolist()):
         for threshold, kept in ((word, 1.0), (word + 1, 0.0)):
-            BACKENDS[backend].lora_dropout(x, threshold / 2**32, rng, 0, out)
+            module().lora_dropout(x, threshold / 2**32, rng, 0, out)
             assert out[0, i] == kept
 
 
@@ -67,7 +68,7 @@ def test_pieces_of_x_draw_the_mask_of_the_whole(p, backend):
         for rows in cuts:
             part = x[row : row + rows].contiguous()
             out = torch.full_like(part, float("nan"))
-            BACKENDS[backend].lora_dropout(part, p, rng, row * 37, out)
+            module().lora_dropout(part, p, rng, row * 37, out)
             parts.append(out)
             row += rows
         assert torch.equal(torch.cat(parts), whole)
@@ -76,18 +77,18 @@ def test_pieces_of_x_draw_the_mask_of_the_whole(p, backend):
 def test_dropped_elements_are_zero_even_where_x_is_not_finite(backend):
     x = torch.full((8, 64), float("inf"))
     out = torch.empty_like(x)
-    BACKENDS[backend].lora_dropout(x, 0.5, torch.tensor([1, 2]), 0, out)
+    module().lora_dropout(x, 0.5, torch.tensor([1, 2]), 0, out)
     assert set(out.unique().tolist()) == {0.0, float("inf")}
 
 
-def test_the_mask_does_not_depend_on_the_number_of_threads():
+def test_the_mask_does_not_depend_on_the_number_of_threads(kernels):
     x, rng, results = torch.ones(300_001), torch.tensor([3, 4]), []
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
             out = torch.empty_like(x)
-            BACKENDS["cpu"].lora_dropout(x, 0.3, rng, 1, out)
+            module().lora_dropout(x, 0.3, rng, 1, out)
             results.append(out)
     finally:
         torch.set_num_threads(before)

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import INPUT_KINDS, LIMIT, assert_accurate, make_input, relative_error
+from variants import VARIANTS, variant
 
 import lora_kernels as lk
 from lora_kernels import panels, reference
@@ -153,7 +154,7 @@ def test_the_workspace_is_a_panel_and_not_the_weight(monkeypatch):
     nf4=st.booleans(),
     p=st.sampled_from((0.0, 0.4)),
     dtype=st.sampled_from(DTYPES),
-    backend_name=st.sampled_from(("reference", "cpu")),
+    backend_name=st.sampled_from(VARIANTS),
 )
 def test_any_shape_and_rank_of_x(leading, n, k, r, nf4, p, dtype, backend_name):
     t = 1
@@ -161,7 +162,7 @@ def test_any_shape_and_rank_of_x(leading, n, k, r, nf4, p, dtype, backend_name):
         t *= size
     case = Case(max(t, 1), n, k, r, dtype, nf4=nf4, p=p)
     case.x, case.dy = case.x[:t], case.dy[:t]
-    with use_backend(backend_name):
+    with variant(backend_name):
         leaf = case.x.reshape(*leading, k).clone().requires_grad_()
         A, B = (m.clone().requires_grad_() for m in (case.A, case.B))
         y = lk.lora_linear(leaf, case.weight, A, B, scaling=0.7, bias=case.bias, dropout_p=p, rng=case.rng)

@@ -4,10 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from variants import VARIANTS, module, variant
 
 import lora_kernels as lk
 from lora_kernels import reference
-from lora_kernels.backends import BACKENDS, use_backend
+from lora_kernels.backends import use_backend
 from lora_kernels.base_weight import BaseWeight
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -41,7 +42,7 @@ def test_every_shape_is_bit_exact(n, k, blocksize, double_quant, dtype):
 
 
 @settings(max_examples=60, deadline=None)
-@given(data=st.data(), dtype=st.sampled_from(DTYPES), name=st.sampled_from(("reference", "cpu")))
+@given(data=st.data(), dtype=st.sampled_from(DTYPES), name=st.sampled_from(VARIANTS))
 def test_a_region_is_that_part_of_the_whole(data, dtype, name):
     """Any rectangle, into an output with a row stride; elements around it stay untouched."""
     n, k = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 300))
@@ -50,7 +51,8 @@ def test_a_region_is_that_part_of_the_whole(data, dtype, name):
     weight = random_weight(n, k, 64, True)
     whole = reference.nf4_dequantize(*weight.base_weight()[:4], (n, k), 64, dtype)
     buffer = torch.full((rows, cols + 9), float("nan"), dtype=dtype)
-    BACKENDS[name].nf4_dequantize(weight.base_weight(), row, col, buffer[:, 3 : 3 + cols])
+    with variant(name):
+        module().nf4_dequantize(weight.base_weight(), row, col, buffer[:, 3 : 3 + cols])
     assert torch.equal(buffer[:, 3 : 3 + cols], whole[row : row + rows, col : col + cols])
     assert bool(buffer[:, :3].isnan().all()) and bool(buffer[:, 3 + cols :].isnan().all())
 
@@ -93,7 +95,7 @@ def test_the_error_of_a_round_trip_is_at_most_half_the_widest_gap(backend):
 def test_every_element_is_written(backend):
     weight = random_weight(37, 91, 64, True)
     out = torch.full((37, 91), float("nan"))
-    BACKENDS[backend].nf4_dequantize(weight.base_weight(), 0, 0, out)
+    module().nf4_dequantize(weight.base_weight(), 0, 0, out)
     assert not out.isnan().any()
 
 
@@ -106,7 +108,7 @@ def test_indices_beyond_2_to_the_31_are_read():
     absmax[-k // 4096 :] = torch.arange(1, k // 4096 + 1)
     base = BaseWeight(packed, absmax, None, None, 4096, n, k)
     out = torch.empty(1, k)
-    BACKENDS["cpu"].nf4_dequantize(base, n - 1, 0, out)
+    module().nf4_dequantize(base, n - 1, 0, out)
     codes = reference.codebook()[torch.tensor([3, 12])].repeat(k // 2)
     assert torch.equal(out[0], codes * torch.arange(1, k // 4096 + 1).repeat_interleave(4096))
 

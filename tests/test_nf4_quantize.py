@@ -4,13 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from variants import VARIANTS, variant
 
 import lora_kernels as lk
 from lora_kernels import reference
-from lora_kernels.backends import use_backend
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-BACKENDS = ("reference", "cpu")
 
 
 def adversarial(name: str, n: int, k: int) -> torch.Tensor:
@@ -147,8 +146,8 @@ def test_scale_codes_are_exact_beside_a_tie(backend):
 def test_every_shape_gives_the_same_bytes_on_every_backend(n, k, blocksize, double_quant, dtype, seed):
     w = (torch.randn(n, k, generator=torch.Generator().manual_seed(seed)) * 0.1).to(dtype)
     results = []
-    for name in BACKENDS:
-        with use_backend(name):
+    for name in VARIANTS:
+        with variant(name):
             results.append(lk.nf4_quantize(w, blocksize, double_quant))
     for other in results[1:]:
         for a, b in zip(results[0].tensors().values(), other.tensors().values(), strict=True):

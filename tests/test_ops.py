@@ -1,7 +1,6 @@
 """The registered ops as torch sees them, and the native library as the linker left it."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -112,34 +111,3 @@ def test_the_library_holds_the_cuda_kernels_that_it_names():
     assert b".nv_fatbin" in image or b"__nv_relfatbin" in image
     assert b"dequantize_aligned" in image and b"dequantize_general" in image
     assert _C.cuda_version
-
-
-def test_portable_kernels_pass_the_tests_of_every_op():
-    """The instruction set is chosen once per process, so the portable variant is tested in another one."""
-    if _C.cpu_isa == "portable":
-        return  # these tests themselves ran on it
-    import os
-
-    tests = Path(__file__).parent
-    files = [str(tests / f"test_{name}.py") for name in ("nf4_quantize", "nf4_dequantize", "lora_dropout")]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        *files,
-        "-k",
-        "not reference",
-    ]
-    result = subprocess.run(
-        command,
-        cwd=tests.parent,
-        env={**os.environ, "LORA_KERNELS_CPU_ISA": "portable"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout[-3000:]

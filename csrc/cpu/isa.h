@@ -1,10 +1,13 @@
-// The run-time choice of instruction set, made once per process. LORA_KERNELS_CPU_ISA=portable|avx512 forces
-// one; lora_kernels/backends/native.py refuses a value that this machine cannot run.
+// The run-time choice of instruction set, one for all CPU kernels of the process.
 #pragma once
 
 namespace lk::cpu {
 
-enum class Isa { portable, avx512 };
+// In ascending order; a machine that supports one supports those before it.
+//   avx2         AVX2, FMA, F16C
+//   avx512       AVX-512 F, BW, DQ, VL
+//   avx512bf16   avx512 and vdpbf16ps, which multiplies pairs of bf16
+enum class Isa { portable, avx2, avx512, avx512bf16 };
 
 Isa isa();
 
@@ -14,7 +17,10 @@ Isa isa();
 // LK_AVX512 on that function makes the compiler vectorise the body with 512-bit registers.
 #define LK_INLINE inline __attribute__((always_inline))
 #if defined(__x86_64__)
-#define LK_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")))
+#define LK_AVX2 __attribute__((target("avx2,fma,f16c")))
+#define LK_AVX512 \
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,prefer-vector-width=512")))
 #else
+#define LK_AVX2
 #define LK_AVX512
 #endif

@@ -48,7 +48,7 @@ LK_AVX512 void drop_avx512(const T* x, int64_t begin, int64_t end, int64_t first
 
 template <class T>
 int dropout(const void* x, int64_t n, int64_t first, double p, const int64_t* rng, void* out) {
-  const auto run = isa() == Isa::avx512 ? drop_avx512<T> : drop_portable<T>;
+  const auto run = isa() >= Isa::avx512 ? drop_avx512<T> : drop_portable<T>;
   parallel_for(n, 8192, [&](int64_t begin, int64_t end) {
     run(static_cast<const T*>(x), begin, end, first, dropout_threshold(p), static_cast<uint64_t>(rng[0]),
         static_cast<uint64_t>(rng[1]), static_cast<T*>(out));

@@ -117,7 +117,7 @@ template <class T>
 int dequantize(const lk_nf4_weight& w, const lk_region& r, void* out, int64_t stride) {
   auto rows = rows_portable<T>;
 #if defined(__x86_64__)
-  if (isa() == Isa::avx512) rows = rows_avx512<T>;
+  if (isa() >= Isa::avx512) rows = rows_avx512<T>;
 #endif
   const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, r.cols));
   parallel_for(r.rows, grain,

@@ -85,7 +85,7 @@ LK_AVX512 bool blocks_avx512(const T* w, int64_t n, int64_t blocksize, int64_t b
 template <class T>
 int quantize(const void* weight, int64_t n, int64_t blocksize, uint8_t* packed, float* absmax) {
   const T* w = static_cast<const T*>(weight);
-  const auto blocks = isa() == Isa::avx512 ? blocks_avx512<T> : blocks_portable<T>;
+  const auto blocks = isa() >= Isa::avx512 ? blocks_avx512<T> : blocks_portable<T>;
   std::atomic<bool> finite{true};
   const int64_t grain = std::max<int64_t>(1, 16384 / blocksize);
   parallel_for((n + blocksize - 1) / blocksize, grain, [&](int64_t begin, int64_t end) {

@@ -3,7 +3,7 @@
 import torch
 
 from lora_kernels import panels
-from lora_kernels.backends.native import _C, lora_dropout, nf4_dequantize, nf4_quantize
+from lora_kernels.backends.native import cpu_isa, lora_dropout, nf4_dequantize, nf4_quantize
 from lora_kernels.base_weight import BaseWeight
 
 __all__ = ["explain", "lora_dropout", "lora_linear", "lora_linear_backward", "nf4_dequantize", "nf4_quantize"]
@@ -14,4 +14,4 @@ lora_linear_backward = panels.bind(panels.lora_linear_backward, _kernels)
 
 
 def explain(base: BaseWeight, tokens: int, dtype: torch.dtype) -> list[str]:
-    return panels.explain(base, dtype, decoder=f"C++ nf4_dequantize ({_C.cpu_isa})")
+    return panels.explain(base, dtype, decoder=f"C++ nf4_dequantize ({cpu_isa()})")

@@ -15,12 +15,23 @@ except ImportError as error:
         f"`python setup.py build_ext --inplace`. The loader said: {error}"
     ) from error
 
-ISAS = ("avx512", "portable")
+_ALL_ISAS = ("portable", "avx2", "avx512", "avx512bf16")
+CPU_ISAS = _ALL_ISAS[: _ALL_ISAS.index(_C.cpu_best_isa) + 1]
+"""The instruction sets of the CPU kernels that this machine has."""
 
-_asked = os.environ.get("LORA_KERNELS_CPU_ISA")
-if _asked and _asked != _C.cpu_isa:
-    what = f"this machine runs {_C.cpu_isa}" if _asked in ISAS else f"expected one of {', '.join(ISAS)}"
-    raise ImportError(f"LORA_KERNELS_CPU_ISA: got {_asked!r}; {what}")
+cpu_isa = _C.cpu_isa  # () -> the one in use
+
+
+def select_cpu_isa(name: str) -> None:
+    """Makes the CPU kernels use the instruction set `name`, in the whole process.
+
+    Raises:
+        ValueError: there is no such one, or this machine does not have it.
+    """
+    if _C.select_cpu_isa(name) != _OK:
+        here = "this machine has" if name in _ALL_ISAS else "expected one of"
+        raise ValueError(f"CPU instruction set: got {name!r}; {here} {', '.join(CPU_ISAS)}")
+
 
 _OK, _NONFINITE, _UNSUPPORTED_DTYPE, _NO_STREAM, _LAUNCH_FAILED = 0, 1, 2, 3, 1000
 
@@ -81,3 +92,10 @@ def lora_dropout(x: Tensor, p: float, rng: Tensor, first: int, out: Tensor) -> N
     """Contiguous x, whose first element is element `first` of the whole input -> out; out may be x itself."""
     status = torch.ops.lora_kernels.lora_dropout.out(x, p, rng, first, out=out)
     _raise_for(status, "lora_dropout", "x", x.dtype)
+
+
+if os.environ.get("LORA_KERNELS_CPU_ISA"):
+    try:
+        select_cpu_isa(os.environ["LORA_KERNELS_CPU_ISA"])
+    except ValueError as error:
+        raise ImportError(f"LORA_KERNELS_CPU_ISA: {error}") from error

@@ -1,0 +1,34 @@
+"""What the one suite runs over: every backend that takes CPU tensors, and each instruction set of cpu."""
+
+import contextlib
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+
+import lora_kernels
+from lora_kernels.backends import backend_for
+from lora_kernels.backends.native import CPU_ISAS, cpu_isa, select_cpu_isa
+
+# A later backend adds its name here and runs the whole suite.
+KERNELS = tuple(f"cpu-{isa}" for isa in CPU_ISAS)
+VARIANTS = ("reference", *KERNELS)
+
+
+@contextlib.contextmanager
+def variant(name: str) -> Iterator[str]:
+    """Forces one of VARIANTS."""
+    backend, _, isa = name.partition("-")
+    before = cpu_isa()
+    with lora_kernels.use_backend(backend):
+        if isa:
+            select_cpu_isa(isa)
+        try:
+            yield name
+        finally:
+            select_cpu_isa(before)
+
+
+def module() -> ModuleType:
+    """The backend in force, whose functions compute into outputs that the caller gives."""
+    return backend_for(torch.device("cpu"))
