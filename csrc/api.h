@@ -59,11 +59,66 @@ int lk_cuda_nf4_dequantize(const lk_nf4_weight* weight, const lk_region* region,
 int lk_cpu_lora_dropout(const void* x, int dtype, int64_t n, int64_t first, double p, const int64_t* rng,
                         void* out);
 
+// A row-major matrix with unit column stride, `stride` elements from row to row; data is null where there is
+// none.
+typedef struct lk_matrix {
+  const void* data;
+  int dtype;
+  int64_t stride;
+} lk_matrix;
+
+// The frozen weight W0 [N, K]: NF4, or dense where nf4 is null.
+typedef struct lk_base_weight {
+  const lk_nf4_weight* nf4;
+  lk_matrix dense;
+  int64_t out_features, in_features;  // N, K
+} lk_base_weight;
+
+// The adapter s·B·A; rank 0 where there is none.
+typedef struct lk_adapter {
+  lk_matrix lora_A, lora_B;  // [r, K], [N, r], of any dtype
+  int64_t rank;
+  double scaling;      // s
+  double dropout_p;    // on the adapter's input
+  const int64_t* rng;  // [2] (seed, offset), null where dropout_p is 0
+} lk_adapter;
+
+// lora_linear: y [T, N] = x·W0ᵀ + s/(1-p)·h·Bᵀ + bias and h [T, r] = dropout(x)·Aᵀ; x [T, K], y and h of one
+// dtype, y and h contiguous. `workspace` has the bytes that lk_cpu_lora_linear_workspace says.
+int lk_cpu_lora_linear(const lk_matrix* x, int64_t tokens, const lk_base_weight* base,
+                       const lk_adapter* adapter, const lk_matrix* bias, void* y, void* h, void* workspace);
+int64_t lk_cpu_lora_linear_workspace(int64_t tokens, int64_t in_features, int64_t rank);
+
+int64_t lk_cpu_lora_linear_block_tokens(int64_t in_features);  // tokens that share one decoding of W0
+
+// The kernel that lora_linear and its backward take for so many tokens and such a base: "few_tokens" or
+// "gemm".
+const char* lk_cpu_lora_linear_kernel(int64_t tokens, const lk_base_weight* base);
+
+// lora_linear_backward: with g = s/(1-p)·dy·B,
+//   dx [T, K] = dy·W0 + m⊙(g·A),  dA [r, K] = gᵀ·(m⊙x),  dB [N, r] = s/(1-p)·dyᵀ·h
+// dx in dy's dtype, dA and dB in their own; an output whose data is null is not computed, and x or h may be
+// null where nothing needs it.
+typedef struct lk_gradients {
+  void* dx;
+  void *dA, *dB;
+  int dA_dtype, dB_dtype;
+} lk_gradients;
+int lk_cpu_lora_linear_backward(const lk_matrix* dy, int64_t tokens, const lk_matrix* x, const lk_matrix* h,
+                                const lk_base_weight* base, const lk_adapter* adapter,
+                                const lk_gradients* gradients, void* workspace);
+int64_t lk_cpu_lora_linear_backward_workspace(int64_t tokens, int64_t out_features, int64_t in_features,
+                                              int64_t rank, int has_dropout);
+
 // The instruction set of the CPU kernels: the one in use, the highest this machine supports (of "portable",
 // "avx2", "avx512", "avx512bf16", each of which includes those before it), and the choice of another one.
 const char* lk_cpu_isa(void);
 const char* lk_cpu_best_isa(void);
 int lk_cpu_select_isa(const char* name);
+
+// Whether this machine multiplies bf16 much faster than fp32, by AMX or a full-rate vdpbf16ps: torch's bf16
+// GEMM is then faster than fp32 kernels.
+int lk_cpu_fast_bf16(void);
 
 #ifdef __cplusplus
 }

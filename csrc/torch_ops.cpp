@@ -65,6 +65,64 @@ int64_t lora_dropout_cpu(const Tensor x, double p, const Tensor rng, int64_t fir
                              static_cast<const int64_t*>(rng.const_data_ptr()), out.mutable_data_ptr());
 }
 
+lk_matrix matrix(const std::optional<Tensor>& t) {
+  if (!t) return {nullptr, LK_F32, 0};
+  return {t->const_data_ptr(), dtype_of(*t), t->dim() == 2 ? t->stride(0) : t->numel()};
+}
+
+lk_adapter adapter(const std::optional<Tensor>& lora_A, const std::optional<Tensor>& lora_B, double scaling,
+                   double p, const std::optional<Tensor>& rng) {
+  const int64_t rank = lora_A ? lora_A->size(0) : 0;
+  return {matrix(lora_A),
+          matrix(lora_B),
+          rank,
+          scaling,
+          p,
+          rng ? static_cast<const int64_t*>(rng->const_data_ptr()) : nullptr};
+}
+
+// The base weight as the ops pass it; `nf4` is where its parts are put when it is quantised.
+lk_base_weight base_weight(const Tensor& weight, const std::optional<Tensor>& absmax,
+                           const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& offset,
+                           int64_t blocksize, int64_t out_features, int64_t in_features, lk_nf4_weight* nf4) {
+  if (!absmax) return {nullptr, matrix(weight), out_features, in_features};
+  *nf4 = nf4_weight(weight, *absmax, nested_absmax, offset, blocksize);
+  return {nf4, {nullptr, LK_F32, 0}, out_features, in_features};
+}
+
+int64_t lora_linear_cpu(const Tensor x, const Tensor weight, std::optional<Tensor> absmax,
+                        std::optional<Tensor> nested_absmax, std::optional<Tensor> offset, int64_t blocksize,
+                        std::optional<Tensor> lora_A, std::optional<Tensor> lora_B, double scaling,
+                        std::optional<Tensor> bias, double p, std::optional<Tensor> rng, Tensor y, Tensor h,
+                        Tensor workspace) {
+  lk_nf4_weight nf4;
+  const lk_base_weight base =
+      base_weight(weight, absmax, nested_absmax, offset, blocksize, y.size(1), x.size(1), &nf4);
+  const lk_adapter lora = adapter(lora_A, lora_B, scaling, p, rng);
+  const lk_matrix rows = matrix(x), addend = matrix(bias);
+  return lk_cpu_lora_linear(&rows, x.size(0), &base, &lora, &addend, y.mutable_data_ptr(),
+                            h.mutable_data_ptr(), workspace.mutable_data_ptr());
+}
+
+int64_t lora_linear_backward_cpu(const Tensor dy, std::optional<Tensor> x, std::optional<Tensor> h,
+                                 const Tensor weight, std::optional<Tensor> absmax,
+                                 std::optional<Tensor> nested_absmax, std::optional<Tensor> offset,
+                                 int64_t blocksize, int64_t in_features, std::optional<Tensor> lora_A,
+                                 std::optional<Tensor> lora_B, double scaling, double p,
+                                 std::optional<Tensor> rng, std::optional<Tensor> dx,
+                                 std::optional<Tensor> dA, std::optional<Tensor> dB, Tensor workspace) {
+  lk_nf4_weight nf4;
+  const lk_base_weight base =
+      base_weight(weight, absmax, nested_absmax, offset, blocksize, dy.size(1), in_features, &nf4);
+  const lk_adapter lora = adapter(lora_A, lora_B, scaling, p, rng);
+  const lk_matrix dy_rows = matrix(dy), x_rows = matrix(x), h_rows = matrix(h);
+  const lk_gradients gradients = {
+      dx ? dx->mutable_data_ptr() : nullptr, dA ? dA->mutable_data_ptr() : nullptr,
+      dB ? dB->mutable_data_ptr() : nullptr, dA ? dtype_of(*dA) : LK_F32, dB ? dtype_of(*dB) : LK_F32};
+  return lk_cpu_lora_linear_backward(&dy_rows, dy.size(0), &x_rows, &h_rows, &base, &lora, &gradients,
+                                     workspace.mutable_data_ptr());
+}
+
 #ifdef LK_WITH_CUDA
 int64_t nf4_dequantize_cuda(const Tensor packed, const Tensor absmax, std::optional<Tensor> nested_absmax,
                             std::optional<Tensor> offset, int64_t blocksize, int64_t in_features, int64_t row,
@@ -93,9 +151,21 @@ STABLE_TORCH_LIBRARY(lora_kernels, m) {
       "nf4_dequantize.out(Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? offset, int "
       "blocksize, int in_features, int row, int col, *, Tensor(a!) out) -> int");
   m.def("lora_dropout.out(Tensor x, float p, Tensor rng, int first, *, Tensor(a!) out) -> int");
+  m.def(
+      "lora_linear.out(Tensor x, Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? offset, int "
+      "blocksize, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? bias, float p, Tensor? rng, *, "
+      "Tensor(a!) y, Tensor(b!) h, Tensor(c!) workspace) -> int");
+  m.def(
+      "lora_linear_backward.out(Tensor dy, Tensor? x, Tensor? h, Tensor weight, Tensor? absmax, Tensor? "
+      "nested_absmax, Tensor? offset, int blocksize, int in_features, Tensor? lora_A, Tensor? lora_B, float "
+      "scaling, float p, Tensor? rng, *, Tensor(a!)? dx, Tensor(b!)? dA, Tensor(c!)? dB, Tensor(d!) "
+      "workspace) "
+      "-> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CPU, m) {
+  m.impl("lora_linear.out", TORCH_BOX(&lora_linear_cpu));
+  m.impl("lora_linear_backward.out", TORCH_BOX(&lora_linear_backward_cpu));
   m.impl("nf4_quantize.out", TORCH_BOX(&nf4_quantize_cpu));
   m.impl("nf4_dequantize.out", TORCH_BOX(&nf4_dequantize_cpu));
   m.impl("lora_dropout.out", TORCH_BOX(&lora_dropout_cpu));
@@ -117,17 +187,52 @@ static PyObject* select_cpu_isa(PyObject*, PyObject* name) {
   return PyLong_FromLong(status);
 }
 
+static PyObject* lora_linear_block_tokens(PyObject*, PyObject* in_features) {
+  const long long size = PyLong_AsLongLong(in_features);
+  if (size == -1 && PyErr_Occurred() != nullptr) return nullptr;
+  return PyLong_FromLongLong(lk_cpu_lora_linear_block_tokens(size));
+}
+
+static PyObject* lora_linear_kernel(PyObject*, PyObject* args) {
+  long long tokens, in_features, blocksize;  // blocksize 0: dense
+  if (!PyArg_ParseTuple(args, "LLL", &tokens, &in_features, &blocksize)) return nullptr;
+  const lk_nf4_weight nf4 = {nullptr, nullptr, nullptr, nullptr, blocksize};
+  const lk_base_weight base = {blocksize > 0 ? &nf4 : nullptr, {nullptr, LK_F32, 0}, 0, in_features};
+  return PyUnicode_FromString(lk_cpu_lora_linear_kernel(tokens, &base));
+}
+
+static PyObject* lora_linear_workspace(PyObject*, PyObject* args) {
+  long long tokens, in_features, rank;
+  if (!PyArg_ParseTuple(args, "LLL", &tokens, &in_features, &rank)) return nullptr;
+  return PyLong_FromLongLong(lk_cpu_lora_linear_workspace(tokens, in_features, rank));
+}
+
+static PyObject* lora_linear_backward_workspace(PyObject*, PyObject* args) {
+  long long tokens, out_features, in_features, rank;
+  int has_dropout;
+  if (!PyArg_ParseTuple(args, "LLLLp", &tokens, &out_features, &in_features, &rank, &has_dropout))
+    return nullptr;
+  return PyLong_FromLongLong(
+      lk_cpu_lora_linear_backward_workspace(tokens, out_features, in_features, rank, has_dropout));
+}
+
 // `import lora_kernels._C` loads the library, which registers the ops above. The module itself carries what
 // was built.
 PyMODINIT_FUNC PyInit__C(void) {
-  static PyMethodDef methods[] = {{"cpu_isa", cpu_isa, METH_NOARGS, nullptr},
-                                  {"select_cpu_isa", select_cpu_isa, METH_O, nullptr},
-                                  {nullptr, nullptr, 0, nullptr}};
+  static PyMethodDef methods[] = {
+      {"cpu_isa", cpu_isa, METH_NOARGS, nullptr},
+      {"select_cpu_isa", select_cpu_isa, METH_O, nullptr},
+      {"lora_linear_block_tokens", lora_linear_block_tokens, METH_O, nullptr},
+      {"lora_linear_kernel", lora_linear_kernel, METH_VARARGS, nullptr},
+      {"lora_linear_workspace", lora_linear_workspace, METH_VARARGS, nullptr},
+      {"lora_linear_backward_workspace", lora_linear_backward_workspace, METH_VARARGS, nullptr},
+      {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef definition = {
       PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
   PyObject* module = PyModule_Create(&definition);
   if (module == nullptr) return nullptr;
   if (PyModule_AddStringConstant(module, "cpu_best_isa", lk_cpu_best_isa()) < 0 ||
+      PyModule_AddIntConstant(module, "cpu_fast_bf16", lk_cpu_fast_bf16()) < 0 ||
       PyModule_AddStringConstant(module, "cuda_archs", LK_CUDA_ARCHS) < 0 ||
       PyModule_AddStringConstant(module, "cuda_version", LK_CUDA_VERSION) < 0 ||
       PyModule_AddStringConstant(module, "torch_headers", LK_TORCH_HEADERS) < 0 ||

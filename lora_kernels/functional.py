@@ -39,7 +39,7 @@ def _backward(ctx, dy, dh):
         return (None,) * 13
     x, h, weight, absmax, nested_absmax, offset, lora_A, lora_B, rng = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (_X, _A, _B, _BIAS)]
-    grads = torch.ops.lora_kernels.lora_linear_backward(
+    grads = torch.ops.lora_kernels.lora_linear_backward.default(
         *(dy, x, h, weight, absmax, nested_absmax, offset, ctx.blocksize, ctx.in_features),
         *(lora_A, lora_B, ctx.scaling, ctx.dropout_p, rng, needs),
     )
@@ -137,4 +137,4 @@ def lora_linear(
     if dropout_p > 0 and rng is None:
         rng = dropout_rng(x.device)
     arguments = (out_features, lora_A, lora_B, float(scaling), bias, float(dropout_p), rng)
-    return torch.ops.lora_kernels.lora_linear(x, *parts, *arguments)[0]
+    return torch.ops.lora_kernels.lora_linear.default(x, *parts, *arguments)[0]

@@ -104,6 +104,76 @@ def test_float32_adapters_on_a_16_bit_base(dtype, kind, kernels):
     ]
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 13])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_few_tokens(tokens, dtype, p, kernels):
+    """Odd N, a rank beside the vector width, K of whole cache lines of codes; as accurate as eager."""
+    for n, k, r in ((333, 768, 17), (1000, 256, 3)):
+        check(tokens, n, k, r, draws=-(-4096 // (tokens * min(n, k))), dtype=dtype, kind="gelu", p=p)
+
+
+@pytest.mark.parametrize("blocksize", reference.NF4_BLOCKSIZES)
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_every_blocksize(blocksize, double_quant, kernels):
+    """Blocks that a cache line holds several of, one of, and a part of; rows of whole blocks and not."""
+    for tokens, k in ((1, 4096), (3, 8192), (20, 4096), (2, 4096 + 128), (20, 4096 + 128)):
+        case = Case(tokens, 72, k, 4, torch.float32)
+        case.weight = lk.nf4_quantize(case.dense(torch.float32), blocksize, double_quant)
+        for out, _, truth in case.results():
+            assert relative_error(out, truth) <= LIMIT[torch.float32]
+
+
+def test_results_do_not_depend_on_the_number_of_threads(kernels):
+    before = torch.get_num_threads()
+    for tokens in (2, 40, 500):
+        case, results = Case(tokens, 520, 640, 16, torch.float32, p=0.1), []
+        try:
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                results.append(case.computed())
+        finally:
+            torch.set_num_threads(before)
+        if kernels == "cpu-panels":  # torch's GEMM promises nothing of the kind
+            return
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it(kernels):
+    """Up to four tokens have a kernel of their own; from five on a row is the same bits in any batch."""
+    if kernels == "cpu-panels":
+        return
+    case = Case(600, 96, 256, 8, torch.bfloat16)
+    whole = lk.lora_linear(case.x, case.weight, case.A, case.B, bias=case.bias)
+    for rows in (slice(0, 5), slice(7, 40), slice(380, 395)):
+        part = lk.lora_linear(case.x[rows], case.weight, case.A, case.B, bias=case.bias)
+        assert torch.equal(part, whole[rows])
+
+
+@pytest.mark.parametrize("offset", [1, 3])
+def test_unaligned_tensors(offset, kernels):
+    """Views that start anywhere in memory, with rows of any stride."""
+    case = Case(9, 70, 192, 5, torch.bfloat16)
+    wanted = case.computed()
+
+    def moved(t):
+        room = torch.empty(t.numel() + t.shape[0] * 7 + offset, dtype=t.dtype)
+        stride = t.shape[-1] + (7 if t.dim() == 2 and t.shape[1] > 1 else 0)
+        view = room[offset:].as_strided(t.shape, (stride, 1) if t.dim() == 2 else (1,))
+        return view.copy_(t)
+
+    w = case.weight
+    packed = torch.empty(w.packed.numel() + offset, dtype=torch.uint8)[offset:].view(-1, 1).copy_(w.packed)
+    absmax = torch.empty(w.absmax.numel() + offset, dtype=torch.uint8)[offset:].copy_(w.absmax)
+    case.weight = lk.NF4Weight(packed, absmax, w.nested_absmax, w.offset, w.shape, w.blocksize, w.dtype)
+    case.x, case.dy, case.bias = moved(case.x), moved(case.dy), moved(case.bias)
+    for name in ("A", "B"):
+        setattr(case, name, moved(getattr(case, name)))
+    for out, other in zip(case.computed(), wanted, strict=True):
+        assert torch.equal(out, other)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dense_base(dtype, kernels):
     check(64, 160, 320, 16, dtype=dtype, kind="gelu", nf4=False, p=0.1)
@@ -120,7 +190,7 @@ def test_long_inner_dimensions(dtype, kind, kernels):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_panels_of_any_size_give_the_same_result(dtype, monkeypatch):
     case = Case(33, 300, 200, 5, dtype, "gelu", p=0.3)
-    with use_backend("cpu"):
+    with variant("cpu-panels"):
         whole = case.computed()
         for panel_bytes in (1, 64 * 200 * 4, 130 * 200 * 2):
             monkeypatch.setattr(panels, "PANEL_BYTES", panel_bytes)
@@ -140,7 +210,7 @@ def test_the_workspace_is_a_panel_and_not_the_weight(monkeypatch):
     case = Case(8, 1024, 1024, 4, torch.float32)
     monkeypatch.setattr(panels, "PANEL_BYTES", 256 << 10)
     monkeypatch.setattr(panels.torch, "empty", recording)
-    with use_backend("cpu"):
+    with variant("cpu-panels"):
         case.computed()
     assert sizes and max(sizes) <= 256 << 10
 

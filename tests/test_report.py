@@ -3,8 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from variants import variant
 
 import lora_kernels as lk
+from lora_kernels.backends.native import CPU_ISAS
 
 
 def test_memory_report_adds_up_to_the_bytes_that_are_there():
@@ -35,11 +37,20 @@ def test_shared_storage_counts_once():
 @pytest.mark.parametrize("quantize", [None, "nf4"])
 def test_explain_names_backend_kernel_and_workspace(quantize):
     layer = lk.FusedLoRALinear(4096, 4096, r=4, quantize=quantize, dtype=torch.bfloat16)
-    text = lk.explain(layer, tokens=2048)
+    with variant("cpu-panels"):
+        text = lk.explain(layer, tokens=2048)
     assert "T = 2048" in text and "backend: cpu" in text and "forward" in text and "backward" in text
     if quantize:
         assert "nf4_dequantize" in text and "4 panel(s) of 1024 rows" in text and "8.0 MiB" in text
     else:
         assert "dense" in text
+    with variant("cpu-portable"):
+        text = lk.explain(layer, tokens=1)
+    megabytes = 8.7 if quantize else 33.6
+    assert "C++ gemm (portable)" in text and "why:" in text and f"floor: {megabytes} MB of W0" in text
+    if "avx512" in CPU_ISAS and quantize:
+        with variant("cpu-avx512"):
+            assert "C++ few_tokens (avx512)" in lk.explain(layer, tokens=4)
+            assert "C++ gemm (avx512)" in lk.explain(layer, tokens=5)
     with lk.use_backend("reference"):
         assert "backend: reference" in lk.explain(layer.base_weight(), 1, torch.float32)

@@ -1,5 +1,9 @@
 #include "isa.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <atomic>
 #include <cstring>
 
@@ -34,6 +38,18 @@ Isa fastest() {
   return best;
 }
 
+#if defined(__x86_64__)
+// Whether the processor has AMX for bf16 and the system saves its registers (XCR0 bits 17 and 18).
+bool has_amx_bf16() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d >> 22 & 1) == 0) return false;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || (c >> 27 & 1) == 0) return false;
+  unsigned low, high;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (low >> 17 & 3) == 3;
+}
+#endif
+
 std::atomic<Isa>& chosen() {
   static std::atomic<Isa> value{fastest()};
   return value;
@@ -49,6 +65,15 @@ extern "C" const char* lk_cpu_isa(void) { return lk::cpu::kNames[static_cast<int
 
 extern "C" const char* lk_cpu_best_isa(void) {
   return lk::cpu::kNames[static_cast<int>(lk::cpu::best_supported())];
+}
+
+extern "C" int lk_cpu_fast_bf16(void) {
+#if defined(__x86_64__)
+  using namespace lk::cpu;
+  return has_amx_bf16() || (best_supported() == Isa::avx512bf16 && fastest() == Isa::avx512bf16);
+#else
+  return 0;
+#endif
 }
 
 extern "C" int lk_cpu_select_isa(const char* name) {

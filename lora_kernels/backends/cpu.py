@@ -1,17 +1,121 @@
-"""The CPU backend: C++ for NF4 and dropout, panels around torch's GEMM for the products."""
+"""The CPU backend: C++ kernels, and panels around torch's GEMM where that is faster or the only way."""
+
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from lora_kernels import panels
-from lora_kernels.backends.native import cpu_isa, lora_dropout, nf4_dequantize, nf4_quantize
+from lora_kernels.backends import native
+from lora_kernels.backends.native import _C, cpu_isa, lora_dropout, nf4_dequantize, nf4_quantize
 from lora_kernels.base_weight import BaseWeight
 
 __all__ = ["explain", "lora_dropout", "lora_linear", "lora_linear_backward", "nf4_dequantize", "nf4_quantize"]
 
 _kernels = panels.Kernels(nf4_dequantize=nf4_dequantize, lora_dropout=lora_dropout)
-lora_linear = panels.bind(panels.lora_linear, _kernels)
-lora_linear_backward = panels.bind(panels.lora_linear_backward, _kernels)
+
+
+class Crossover(NamedTuple):
+    """From `tokens` on, torch's GEMM on decoded panels takes over from the fused fp32 kernels."""
+
+    dtype: torch.dtype
+    fast_bf16: bool  # a machine with AMX or full-rate vdpbf16ps
+    tokens: int
+    why: str
+
+
+# The fused kernels multiply in fp32. Where torch has no better units for a dtype they win for every T: on a
+# Xeon without AMX (family 6, model 207, 2 cores, NF4 4096x4096, r = 16) torch's bf16 GEMM does 168 GFLOP/s,
+# these kernels 270 to 290.
+CROSSOVERS = (
+    Crossover(
+        torch.bfloat16,
+        fast_bf16=True,
+        tokens=12,
+        why="the bf16 units of this kind of machine: 800 GFLOP/s against 190 in fp32, and 0.9 ms to decode "
+        "a 4096x4096 weight, measured on 2 cores, cross at about 12 tokens (the crossing: not measured)",
+    ),
+)
+
+forced_kernel: str | None = None  # "fused" or "panels": for tests and measurements
+
+
+def _kernel(tokens: int, dtype: torch.dtype, *others: Tensor | None) -> tuple[str, str]:
+    """'fused' or 'panels', and why."""
+    if dtype == torch.float64 or any(t is not None and t.dtype == torch.float64 for t in others):
+        return "panels", "the compiled kernels do not take float64"
+    if forced_kernel is not None:
+        return forced_kernel, "forced"
+    for crossover in CROSSOVERS:
+        if (crossover.dtype, crossover.fast_bf16) == (dtype, bool(_C.cpu_fast_bf16)):
+            if tokens >= crossover.tokens:
+                return "panels", crossover.why
+            return "fused", f"fewer than {crossover.tokens} tokens: {crossover.why}"
+    return "fused", "fp32 products on codes decoded in registers beat torch's GEMM here for every T"
+
+
+def lora_linear(
+    x: Tensor,
+    base: BaseWeight,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    bias: Tensor | None,
+    dropout_p: float,
+    rng: Tensor | None,
+    y: Tensor,
+    h: Tensor,
+) -> None:
+    arguments = (x, base, lora_A, lora_B, scaling, bias, dropout_p, rng, y, h)
+    if _kernel(x.shape[0], x.dtype, lora_A, lora_B, bias)[0] == "fused":
+        native.lora_linear(*arguments)
+    else:
+        panels.lora_linear(_kernels, *arguments)
+
+
+def lora_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    h: Tensor | None,
+    base: BaseWeight,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    rng: Tensor | None,
+    dx: Tensor | None,
+    dA: Tensor | None,
+    dB: Tensor | None,
+    dbias: Tensor | None,
+) -> None:
+    arguments = (dy, x, h, base, lora_A, lora_B, scaling, dropout_p, rng, dx, dA, dB, dbias)
+    if _kernel(dy.shape[0], dy.dtype, lora_A, lora_B)[0] == "fused":
+        native.lora_linear_backward(*arguments)
+    else:
+        panels.lora_linear_backward(_kernels, *arguments)
+
+
+_FUSED = {
+    "few_tokens": "C++ few_tokens ({isa}): each cache line of codes is decoded in registers and used at "
+    "once, for all tokens",
+    "gemm": "C++ gemm ({isa}): blocks of up to {block} tokens; W0 is decoded into L1, 32 outputs x 128 "
+    "inputs at a time, for the whole block, and the LoRA product is a second term of the same fp32 sum",
+}
 
 
 def explain(base: BaseWeight, tokens: int, dtype: torch.dtype) -> list[str]:
-    return panels.explain(base, dtype, decoder=f"C++ nf4_dequantize ({cpu_isa()})")
+    kernel, why = _kernel(tokens, dtype)
+    if kernel == "panels":
+        lines = panels.explain(base, dtype, decoder=f"C++ nf4_dequantize ({cpu_isa()})")
+    else:
+        fused = _C.lora_linear_kernel(tokens, base.in_features, base.blocksize if base.quantized else 0)
+        block = _C.lora_linear_block_tokens(base.in_features)
+        lines = ["forward, backward: " + _FUSED[fused].format(isa=cpu_isa(), block=block)]
+    n, k = base.out_features, base.in_features
+    stored = sum(t.nbytes for t in base[:4] if t is not None)
+    return [
+        *lines,
+        f"why: {why}",
+        f"floor: {stored / 1e6:.1f} MB of W0 read once, {2 * tokens * n * k / 1e9:.2f} G operations, "
+        f"{tokens * (n + k) * dtype.itemsize / 1e6:.1f} MB of x and y",
+    ]

@@ -33,6 +33,13 @@ def select_cpu_isa(name: str) -> None:
         raise ValueError(f"CPU instruction set: got {name!r}; {here} {', '.join(CPU_ISAS)}")
 
 
+# The overloads themselves: choosing one by its arguments costs more than many a kernel.
+_nf4_quantize = torch.ops.lora_kernels.nf4_quantize.out
+_nf4_dequantize = torch.ops.lora_kernels.nf4_dequantize.out
+_lora_dropout = torch.ops.lora_kernels.lora_dropout.out
+_lora_linear = torch.ops.lora_kernels.lora_linear.out
+_lora_linear_backward = torch.ops.lora_kernels.lora_linear_backward.out
+
 _OK, _NONFINITE, _UNSUPPORTED_DTYPE, _NO_STREAM, _LAUNCH_FAILED = 0, 1, 2, 3, 1000
 
 
@@ -60,7 +67,7 @@ def nf4_quantize(
     nested_absmax: Tensor | None,
     offset: Tensor | None,
 ) -> None:
-    status = torch.ops.lora_kernels.nf4_quantize.out(
+    status = _nf4_quantize(
         weight,
         blocksize,
         packed=packed,
@@ -74,7 +81,7 @@ def nf4_quantize(
 
 def nf4_dequantize(base: BaseWeight, row: int, col: int, out: Tensor) -> None:
     """The rectangle of W at (row, col) of out's shape -> out [rows, cols], which has unit column stride."""
-    status = torch.ops.lora_kernels.nf4_dequantize.out(
+    status = _nf4_dequantize(
         base.data,
         base.absmax,
         base.nested_absmax,
@@ -90,8 +97,70 @@ def nf4_dequantize(base: BaseWeight, row: int, col: int, out: Tensor) -> None:
 
 def lora_dropout(x: Tensor, p: float, rng: Tensor, first: int, out: Tensor) -> None:
     """Contiguous x, whose first element is element `first` of the whole input -> out; out may be x itself."""
-    status = torch.ops.lora_kernels.lora_dropout.out(x, p, rng, first, out=out)
+    status = _lora_dropout(x, p, rng, first, out=out)
     _raise_for(status, "lora_dropout", "x", x.dtype)
+
+
+def _unit_columns(matrix: Tensor | None) -> Tensor | None:
+    """The matrix itself where the elements of a row lie side by side, else a copy in which they do."""
+    return matrix if matrix is None or matrix.stride(-1) == 1 else matrix.contiguous()
+
+
+def lora_linear(
+    x: Tensor,
+    base: BaseWeight,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    bias: Tensor | None,
+    dropout_p: float,
+    rng: Tensor | None,
+    y: Tensor,
+    h: Tensor,
+) -> None:
+    size = _C.lora_linear_workspace(x.shape[0], x.shape[1], h.shape[1])
+    status = _lora_linear(
+        x,
+        *(_unit_columns(base.data), base.absmax, base.nested_absmax, base.offset, base.blocksize),
+        *(_unit_columns(lora_A), _unit_columns(lora_B), scaling, _unit_columns(bias), dropout_p, rng),
+        y=y,
+        h=h,
+        workspace=x.new_empty(size, dtype=torch.uint8),
+    )
+    _raise_for(status, "lora_linear", "x", x.dtype)
+
+
+def lora_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    h: Tensor | None,
+    base: BaseWeight,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    rng: Tensor | None,
+    dx: Tensor | None,
+    dA: Tensor | None,
+    dB: Tensor | None,
+    dbias: Tensor | None,
+) -> None:
+    if dbias is not None:
+        torch.sum(dy, dim=0, dtype=dbias.dtype, out=dbias)
+    if dx is None and dA is None and dB is None:
+        return
+    rank = 0 if lora_A is None else lora_A.shape[0]
+    size = _C.lora_linear_backward_workspace(*dy.shape, base.in_features, rank, dropout_p > 0)
+    status = _lora_linear_backward(
+        *(dy, x, h),
+        *(_unit_columns(base.data), base.absmax, base.nested_absmax, base.offset, base.blocksize),
+        *(base.in_features, _unit_columns(lora_A), _unit_columns(lora_B), scaling, dropout_p, rng),
+        dx=dx,
+        dA=dA,
+        dB=dB,
+        workspace=dy.new_empty(size, dtype=torch.uint8),
+    )
+    _raise_for(status, "lora_linear_backward", "dy", dy.dtype)
 
 
 if os.environ.get("LORA_KERNELS_CPU_ISA"):

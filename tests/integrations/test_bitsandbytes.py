@@ -58,7 +58,10 @@ def test_our_layer_over_a_linear4bit_is_dequantise_and_multiply(bias, nested):
     assert ours.weight.data_ptr() == theirs.weight.data_ptr()  # no copy, no requantisation
     x = torch.randn(7, K).bfloat16()
     dense = bnb.functional.dequantize_4bit(theirs.weight.data, theirs.weight.quant_state)
-    torch.testing.assert_close(ours(x), nn.functional.linear(x, dense, theirs.bias), rtol=2e-2, atol=2e-2)
+    bias = None if theirs.bias is None else theirs.bias.double()
+    wanted = nn.functional.linear(x.double(), dense.double(), bias)
+    # Rounding the weights to bf16, as theirs are here, is an error of 1.7e-3; rounding y, of as much.
+    assert float((ours(x).detach().double() - wanted).norm() / wanted.norm()) < 4e-3
     ours.lora_B["default"].weight.data.normal_()
     ours(x).sum().backward()
     assert ours.lora_A["default"].weight.grad is not None

@@ -1,0 +1,160 @@
+#include "gemm.h"
+
+#include <algorithm>
+#include <memory>
+
+#include "convert.h"
+#include "isa.h"
+#include "nf4_decode.h"
+#include "parallel.h"
+
+namespace lk::cpu {
+namespace {
+
+// Work that is worth waking another thread for, in multiplications.
+constexpr int64_t kTaskWork = 1 << 18;
+
+// A thread's panel P, its sums and its scales: kept for the life of the thread, grown to the largest use.
+struct Scratch {
+  std::unique_ptr<float[]> storage;
+  size_t size = 0;
+
+  float* get(size_t floats) {
+    if (floats > size) {
+      storage.reset(new float[floats + 16]);
+      size = floats;
+    }
+    const auto address = reinterpret_cast<uintptr_t>(storage.get());
+    return storage.get() + (64 - address % 64) % 64 / sizeof(float);
+  }
+};
+
+Scratch& scratch() {
+  thread_local Scratch mine;
+  return mine;
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The scales of a panel's rows, [kPanel][blocks per row], or null where the decoder finds them itself.
+const float* panel_scales(const Right& right, int64_t output, int64_t width, float* to) {
+  const Matrix& m = right.matrix;
+  if (m.nf4 == nullptr || !right.rows_are_outputs || !blocks_fit_rows(m)) return nullptr;
+  const int64_t blocks = m.cols / m.nf4->blocksize;
+  decode_scales(*m.nf4, output * blocks, width * blocks, to);
+  return to;
+}
+
+// One tile of dropout(matrix), by pieces of a row that stay in L1.
+void pack_dropped(const Matrix& m, int64_t row, int64_t tokens, int64_t inner, float scale,
+                  const Dropout& dropout, float* packed) {
+  constexpr int64_t kColumns = 256;
+  alignas(64) char dropped[kTile * kColumns * sizeof(float)];
+  const int64_t size = m.dtype == LK_F32 ? 4 : 2;
+  const Matrix piece{dropped, m.dtype, kColumns, nullptr, tokens, kColumns};
+  for (int64_t c = 0; c < inner; c += kColumns) {
+    const int64_t n = std::min(kColumns, inner - c);
+    for (int64_t t = 0; t < tokens; ++t) {
+      lk_cpu_lora_dropout(static_cast<const char*>(m.data) + ((row + t) * m.stride + c) * size, m.dtype, n,
+                          dropout.first + (row + t) * inner + c, dropout.p, dropout.rng,
+                          dropped + t * kColumns * size);
+    }
+    gemm_kernels().pack_tile(piece, 0, tokens, n, scale, packed + c * tokens);
+  }
+}
+
+}  // namespace
+
+const GemmKernels& gemm_kernels() {
+#if defined(__x86_64__)
+  if (isa() >= Isa::avx512) return avx512::kGemm;
+  if (isa() == Isa::avx2) return avx2::kGemm;
+#endif
+  return portable::kGemm;
+}
+
+void pack(const Matrix& matrix, int64_t tokens, int64_t inner, float scale, const Dropout& dropout,
+          float* packed) {
+  const int64_t tile = tile_tokens(tokens);
+  const auto& kernels = gemm_kernels();
+  const int64_t grain = std::max<int64_t>(1, kTaskWork / (tile * std::max<int64_t>(inner, 1)));
+  parallel_for(ceil_div(tokens, tile), grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i * tile, rows = std::min(tile, tokens - row);
+      float* to = packed + row * inner;
+      if (dropout.p == 0) {
+        kernels.pack_tile(matrix, row, rows, inner, scale, to);
+      } else {
+        pack_dropped(matrix, row, rows, inner, scale, dropout, to);
+      }
+    }
+  });
+}
+
+void pack_transposed(const Matrix& matrix, int64_t tokens, int64_t inner, float scale, float* packed) {
+  const int64_t tile = tile_tokens(tokens);
+  for (int64_t row = 0; row < tokens; row += tile) {
+    const int64_t rows = std::min(tile, tokens - row);
+    float* to = packed + row * inner;
+    for (int64_t c = 0; c < inner; ++c) {
+      read_floats(matrix.data, matrix.dtype, c * matrix.stride + row, rows, to + c * rows);
+      for (int64_t t = 0; t < rows; ++t) to[c * rows + t] *= scale;
+    }
+  }
+}
+
+void gemm(int64_t tokens, int64_t outputs, const Term* terms, int term_count, const Output& output) {
+  if (tokens == 0 || outputs == 0) return;
+  const int64_t tile = tile_tokens(tokens), tiles = ceil_div(tokens, tile);
+  int64_t inner = 0;
+  size_t scale_floats = 0;
+  for (int i = 0; i < term_count; ++i) {
+    inner += terms[i].inner;
+    const Matrix& m = terms[i].right.matrix;
+    if (m.nf4 != nullptr) {
+      scale_floats = std::max(scale_floats, static_cast<size_t>(kPanel * (m.cols / m.nf4->blocksize)));
+    }
+  }
+  const bool columns_of_nf4 =
+      terms[term_count - 1].right.matrix.nf4 && !terms[term_count - 1].right.rows_are_outputs;
+  const int64_t span = columns_of_nf4 ? kGroup * kPanel : kPanel, spans = ceil_div(outputs, span);
+  // Where there are few panels the tiles of one are cut into groups, each of which decodes P for itself.
+  const int64_t groups = std::min(tiles, ceil_div(16, spans));
+  const int64_t group_tokens = ceil_div(tiles, groups) * tile;
+  const int64_t grain = std::max<int64_t>(1, kTaskWork / std::max<int64_t>(1, group_tokens * span * inner));
+  const auto& kernels = gemm_kernels();
+  parallel_for(spans * groups, grain, [&](int64_t begin, int64_t end) {
+    float* panels = scratch().get((kChunk + group_tokens) * span + scale_floats);
+    float* sums = panels + kChunk * span;  // [panel][token][kPanel]
+    float* scale_space = sums + group_tokens * span;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t column = task / groups * span, width = std::min(span, outputs - column);
+      const int64_t row = task % groups * group_tokens, rows = std::min(group_tokens, tokens - row);
+      if (rows <= 0) continue;
+      if (inner == 0) std::fill(sums, sums + group_tokens * span, 0.0f);
+      bool first = true;
+      for (int i = 0; i < term_count; ++i) {
+        const Term& term = terms[i];
+        const float* scales = panel_scales(term.right, column, width, scale_space);
+        for (int64_t c = 0; c < term.inner; c += kChunk) {
+          const int64_t count = std::min(kChunk, term.inner - c);
+          kernels.decode(term.right, column, width, c, count, scales, panels);
+          for (int64_t m = 0; m < width; m += kPanel) {
+            for (int64_t t = 0; t < rows; t += tile) {
+              const int64_t height = std::min(tile, rows - t);
+              const float* left = term.left + (row + t) * term.inner + c * height;
+              kernels.multiply(height, left, panels + m * kChunk, count, std::min(kPanel, width - m), first,
+                               sums + m * group_tokens + t * kPanel);
+            }
+          }
+          first = false;
+        }
+      }
+      for (int64_t m = 0; m < width; m += kPanel) {
+        kernels.store(output, row, rows, column + m, std::min(kPanel, width - m), sums + m * group_tokens);
+      }
+    }
+  });
+}
+
+}  // namespace lk::cpu

@@ -1,0 +1,55 @@
+// What lora_linear and its backward share.
+#pragma once
+#include <algorithm>
+
+#include "gemm.h"
+
+namespace lk::cpu {
+
+// Tokens whose packed rows of `inner` fp32 elements are at most 8 MiB, which a last-level cache holds: a
+// block decodes the whole weight once, for all of its tokens.
+inline int64_t block_tokens(int64_t inner) {
+  const int64_t fit = (int64_t{8} << 20) / (4 * std::max<int64_t>(inner, 1));
+  return std::clamp<int64_t>(fit / kTile * kTile, 4 * kTile, 32 * kTile);
+}
+
+inline int64_t dtype_size(int dtype) { return dtype == LK_F32 ? 4 : 2; }
+
+inline bool supported(int dtype) { return dtype >= LK_F32 && dtype <= LK_BF16; }
+
+inline Matrix dense(const lk_matrix& m, int64_t rows, int64_t cols) {
+  return {m.data, m.dtype, m.stride, nullptr, rows, cols};
+}
+
+inline Matrix base_matrix(const lk_base_weight& base) {
+  return {base.dense.data, base.dense.dtype,  base.dense.stride,
+          base.nf4,        base.out_features, base.in_features};
+}
+
+// Rows [first, first + rows).
+inline Matrix rows_of(const Matrix& m, int64_t first, int64_t rows) {
+  return {static_cast<const char*>(m.data) + first * m.stride * dtype_size(m.dtype),
+          m.dtype,
+          m.stride,
+          nullptr,
+          rows,
+          m.cols};
+}
+
+// Cuts a workspace into pieces on cache-line borders.
+class Workspace {
+ public:
+  explicit Workspace(void* start) : at_(static_cast<char*>(start)) {}
+  template <class T>
+  T* take(int64_t count) {
+    char* here = at_;
+    at_ += bytes(count * static_cast<int64_t>(sizeof(T)));
+    return reinterpret_cast<T*>(here);
+  }
+  static int64_t bytes(int64_t size) { return (size + 63) / 64 * 64; }
+
+ private:
+  char* at_;
+};
+
+}  // namespace lk::cpu
