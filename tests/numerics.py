@@ -50,19 +50,21 @@ def worst_tile(out: Tensor, truth: Tensor) -> float:
     return float((tile_sums(padded) / count / own.clamp(min=float(truth2.mean()))).max().sqrt())
 
 
-def assert_accurate(name: str, out: Tensor, eager: Tensor, truth: Tensor, limit_dtype: torch.dtype) -> None:
-    """Asserts the three bounds; `limit_dtype` is the dtype that the inputs were rounded to."""
+def assert_accurate(
+    name: str, out: Tensor, eager: Tensor | None, truth: Tensor, limit_dtype: torch.dtype
+) -> None:
+    """Asserts the three bounds; `limit_dtype` is the dtype that the inputs were rounded to.
+
+    `eager` None: there are too few independent values to tell two error levels apart.
+    """
     assert out.shape == truth.shape
     assert bool(torch.isfinite(out).all()), f"{name}: not finite"
     limit = LIMIT[limit_dtype]
-    error, eager_error, tile = (
-        relative_error(out, truth),
-        relative_error(eager, truth),
-        worst_tile(out, truth),
-    )
+    error, tile = relative_error(out, truth), worst_tile(out, truth)
     assert error <= limit, f"{name}: relative error {error:.2e} > {limit:.0e}"
     assert tile <= 4 * limit, f"{name}: an 8x8 tile is off by {tile:.2e} of the rms"
-    if truth.numel() >= 4096:  # fewer outputs do not tell two error levels apart
+    if eager is not None and truth.numel() >= 4096:  # fewer outputs do not tell two error levels apart
+        eager_error = relative_error(eager, truth)
         # fp32 sums in another order differ by more than a quarter without either being worse.
         floor = 2e-7 if limit_dtype == torch.float32 else 0.0
         assert error <= max(1.25 * eager_error, floor), f"{name}: error {error:.3e}, eager {eager_error:.3e}"

@@ -32,8 +32,11 @@ def test_starts_exactly_equal_to_its_base(base, dtype, tokens):
     alone = FusedLoRALinear.from_linear(linear, r=None, **BASES[base])
     x = torch.randn(tokens, K).to(dtype)
     assert torch.equal(layer(x), alone(x))
-    dense = nn.functional.linear(x, layer.dequantized_weight(), layer.bias)
-    assert relative_error(layer(x), dense.double()) <= LIMIT[dtype]
+    weight = layer.dequantized_weight(torch.float32).double()
+    assert (
+        relative_error(layer(x), nn.functional.linear(x.double(), weight, layer.bias.double()))
+        <= LIMIT[dtype]
+    )
     if base == "dense":
         assert torch.equal(layer.weight, linear.weight)
 

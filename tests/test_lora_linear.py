@@ -75,7 +75,9 @@ def check(*shape, draws=1, **options):
     for name, versions in zip(("y", "dx", "dA", "dB", "dbias"), results, strict=True):
         if versions[0][0] is not None:
             out, eager, truth = (torch.cat(parts) for parts in zip(*versions, strict=True))
-            assert_accurate(name, out, eager, truth, cases[0].dtype)
+            # However many elements dA and dB have, they are made of T·r values of g and of h.
+            few = name in ("dA", "dB") and cases[0].x.shape[0] * cases[0].A.shape[0] * draws < 1024
+            assert_accurate(name, out, None if few else eager, truth, cases[0].dtype)
 
 
 def draws_for(kind):
