@@ -59,6 +59,20 @@ def commit() -> str | None:
     return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
 
 
+# glibc maps every block of over 32 MiB afresh, and the first touch of its pages takes longer than many a kernel:
+# the benchmarks keep freed memory, for all contenders alike.
+KEEP_FREED_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
+    "MALLOC_TOP_PAD_": str(256 << 20),
+}
+
+
+def allocator() -> str:
+    kept = all(os.environ.get(name) == value for name, value in KEEP_FREED_MEMORY.items())
+    return "keeps freed memory" if kept else "as the system has it"
+
+
 def describe_cpu() -> dict[str, object]:
     from lora_kernels.backends.native import cpu_isa
 
@@ -67,6 +81,7 @@ def describe_cpu() -> dict[str, object]:
         "cores": core_count(),
         "threads": torch.get_num_threads(),
         "pinning": os.environ.get("OMP_PROC_BIND", "not pinned"),
+        "allocator": allocator(),
         "last_level_cache_bytes": last_level_cache_bytes(),
         "cpu_isa": cpu_isa(),
         "torch": torch.__version__,

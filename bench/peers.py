@@ -1,8 +1,8 @@
-"""The peers on a CUDA device: bitsandbytes' Linear4bit under PEFT's LoRA, and PEFT's LoRA on a dense bf16
-layer.
+"""The peers: bitsandbytes' Linear4bit and torchao's NF4 under LoRA, and PEFT's LoRA on a dense layer.
 
-Both get our weight and adapter, in the same bytes, and their adapter in the base's dtype, which is their
-fastest setting (PEFT's default of float32 adapters adds casts and float32 products).
+All get our adapter, and bitsandbytes our weight in the same bytes (torchao has a format of its own and quantises
+the same matrix itself). Adapters are in the base's dtype, which is the peers' fastest setting: PEFT's default of
+float32 adapters adds casts and float32 products.
 """
 
 import importlib
@@ -10,7 +10,7 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-from bench.shapes import LORA_ALPHA, RANK
+from bench.shapes import LORA_ALPHA, RANK, SCALING
 from lora_kernels.nf4 import NF4Weight
 
 
@@ -53,14 +53,32 @@ def dense_peft(weight: Tensor, lora_A: Tensor, lora_B: Tensor, p: float) -> nn.M
     return _with_lora(layer, lora_A, lora_B, p, loaded_in_4bit=False)
 
 
+def torchao_lora(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> tuple[nn.Module, Tensor]:
+    """torchao's frozen NF4 weight with LoRA in plain PyTorch, and the matrix [N, K] that it stands for."""
+    from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import linear_nf4, to_nf4
+
+    quantized = to_nf4(weight.clone(), 64, 256)
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lora_A, self.lora_B = nn.Parameter(lora_A.clone()), nn.Parameter(lora_B.clone())
+
+        def forward(self, x: Tensor) -> Tensor:
+            linear = nn.functional.linear
+            return linear_nf4(x, quantized) + SCALING * linear(linear(x, self.lora_A), self.lora_B)
+
+    return Layer(), quantized.get_original_weight()
+
+
 def adapter_parameters(layer: nn.Module) -> tuple[Tensor, Tensor]:
     return layer.lora_A["default"].weight, layer.lora_B["default"].weight
 
 
 def versions() -> dict[str, str]:
-    """bitsandbytes and peft: the version, or why it cannot be used."""
+    """bitsandbytes, peft and torchao: the version, or why it cannot be used."""
     found = {}
-    for package in ("bitsandbytes", "peft"):
+    for package in ("bitsandbytes", "peft", "torchao"):
         reason = missing(package)
         found[package] = (
             importlib.import_module(package).__version__

@@ -1,4 +1,6 @@
-"""Runs the CPU suite and prints its table: `python bench/run.py [--quick] [--results FOLDER]`.
+"""Runs the CPU suite and prints its table: `python bench/run.py [--quick | --goals] [--results FOLDER]`.
+
+--goals measures the goals table against every peer instead (bench/goals.py).
 
 Raw numbers and table go to bench/results/<processor and cores>/<date>.json and .md. One thread for each
 core this process may use, bound to its core.
@@ -18,21 +20,34 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Times the ops on this machine's CPU.", allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="small shapes only, under 40 s")
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", metavar="FOLDER")
-    arguments = parser.parse_args(argv)
+    parser.add_argument("--goals", action="store_true", help="the goals, against every peer, in 5 minutes")
+    parser.add_argument(
+        "--compare", action="store_true", help="this build against the stored baseline (bench/compare.py)"
+    )
+    arguments, rest = parser.parse_known_args(argv)
 
     sys.path.insert(0, str(ROOT))
     from bench import machine
 
-    folder = arguments.results.resolve() / machine.slug()
-    folder.mkdir(parents=True, exist_ok=True)
-    raw = folder / time.strftime("%Y-%m-%d_%H%M%S.json")
     environment = {
         **os.environ,
+        **machine.KEEP_FREED_MEMORY,
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(machine.core_count())),
         "OMP_PROC_BIND": os.environ.get("OMP_PROC_BIND", "close"),
         "OMP_PLACES": os.environ.get("OMP_PLACES", "cores"),
     }
+    if arguments.goals or arguments.compare:
+        module = "bench.goals" if arguments.goals else "bench.compare"
+        where = ["--results", str(arguments.results)]
+        return subprocess.run(
+            [sys.executable, "-m", module, *where, *rest], cwd=ROOT, env=environment, check=False
+        ).returncode
+    if rest:
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    folder = arguments.results.resolve() / machine.slug()
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = folder / time.strftime("%Y-%m-%d_%H%M%S.json")
     command = [sys.executable, "-m", "pytest", "bench", "--benchmark-only", "-q", "-p", "no:cacheprovider"]
     command += [f"--benchmark-json={raw}", "--benchmark-quiet"]
     command += ["--quick"] if arguments.quick else []

@@ -7,7 +7,7 @@ one rotation. Every time is in seconds for one call.
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -106,6 +106,29 @@ def graph_times(calls: Sequence[Call], warmup_s: float, budget_s: float) -> dict
     finally:
         kept.clear()
         graph.reset()
+
+
+def interleaved_times(
+    contenders: Mapping[str, Callable[[int], object]], budget_s: float, rounds: tuple[int, int] = (5, 60)
+) -> dict[str, list[float]]:
+    """Seconds of every call of every contender, in rounds A B C A B C ...; one warm-up round is not counted.
+
+    A contender is called with the number of the round, by which it chooses among copies of its tensors. Noise of
+    the machine that lasts longer than a round meets all of them alike, so ratios within a round are steadier
+    than times. At least rounds[0] and at most rounds[1] rounds, about `budget_s` in all.
+    """
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    began = time.perf_counter()
+    for call in contenders.values():
+        call(0)
+    warm_up = time.perf_counter() - began
+    count = max(rounds[0], min(rounds[1], int(budget_s / max(warm_up, 1e-9))))
+    for i in range(1, count + 1):
+        for name, call in contenders.items():
+            start = time.perf_counter()
+            call(i)
+            times[name].append(time.perf_counter() - start)
+    return times
 
 
 def peak_bytes(call: Call, device: torch.device) -> int | None:

@@ -1,27 +1,26 @@
 """The differentiable LoRA linear map: what autograd saves, what it recomputes, and how autocast is honoured.
 
-The gradient formulas are attached to the ops themselves (torch.library.register_autograd builds the autograd
-Function), so `lora_linear` and `torch.ops.lora_kernels.lora_linear` differentiate alike, in eager mode and
-under torch.compile.
+The gradient formulas are attached to the ops (torch.library.register_autograd), so that `lora_linear` and
+`torch.ops.lora_kernels.lora_linear` differentiate alike, in eager mode and under torch.compile. The way through
+the dispatcher and its Python kernels costs as much as the product itself where there is one token: plain eager
+calls go around it, through an autograd Function of the same formulas.
 """
 
 import torch
 from torch import Tensor
 
-from lora_kernels import ops  # noqa: F401 - defines the ops
+from lora_kernels import ops
 from lora_kernels.nf4 import NF4Weight
 
 # Where the arguments of the op lora_linear stand.
 _X, _A, _B, _BIAS = 0, 7, 8, 10
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _save(ctx, inputs, h) -> None:
     x, weight, absmax, nested_absmax, offset, blocksize, _, lora_A, lora_B, scaling, bias, dropout_p, rng = (
         inputs
     )
-    _, h = output
     needs = ctx.needs_input_grad
-    ctx.mark_non_differentiable(h)
     ctx.set_materialize_grads(False)
     ctx.in_features = x.shape[-1]
     ctx.blocksize, ctx.scaling, ctx.dropout_p = blocksize, scaling, dropout_p
@@ -34,12 +33,17 @@ def _setup_context(ctx, inputs, output) -> None:
     )
 
 
-def _backward(ctx, dy, dh):
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.mark_non_differentiable(output[1])
+    _save(ctx, inputs, output[1])
+
+
+def _gradients(ctx, dy, backward) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 13
     x, h, weight, absmax, nested_absmax, offset, lora_A, lora_B, rng = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (_X, _A, _B, _BIAS)]
-    grads = torch.ops.lora_kernels.lora_linear_backward.default(
+    grads = backward(
         *(dy, x, h, weight, absmax, nested_absmax, offset, ctx.blocksize, ctx.in_features),
         *(lora_A, lora_B, ctx.scaling, ctx.dropout_p, rng, needs),
     )
@@ -51,7 +55,41 @@ def _backward(ctx, dy, dh):
     return tuple(result)
 
 
+def _backward(ctx, dy, dh):
+    return _gradients(ctx, dy, torch.ops.lora_kernels.lora_linear_backward.default)
+
+
 torch.library.register_autograd("lora_kernels::lora_linear", _backward, setup_context=_setup_context)
+
+
+class _Eager(torch.autograd.Function):
+    """lora_linear without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx, *inputs) -> Tensor:
+        y, h = ops.lora_linear(*inputs)
+        _save(ctx, inputs, h)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        # With create_graph the op itself is called, which says that it has no second derivative.
+        create_graph = torch.is_grad_enabled()
+        op = torch.ops.lora_kernels.lora_linear_backward.default
+        return _gradients(ctx, dy, op if create_graph else ops.lora_linear_backward)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _is_plain_eager(*tensors: Tensor | None) -> bool:
+    """Whether nobody watches or rewrites ops (compilers, modes, functorch), so that the dispatcher may be left out."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and all(t is None or type(t) in _PLAIN for t in tensors)
+    )
 
 
 def _no_double_backward(ctx, *grads):
@@ -137,4 +175,8 @@ def lora_linear(
     if dropout_p > 0 and rng is None:
         rng = dropout_rng(x.device)
     arguments = (out_features, lora_A, lora_B, float(scaling), bias, float(dropout_p), rng)
-    return torch.ops.lora_kernels.lora_linear.default(x, *parts, *arguments)[0]
+    if not _is_plain_eager(x, *parts[:4], lora_A, lora_B, bias, rng):
+        return torch.ops.lora_kernels.lora_linear.default(x, *parts, *arguments)[0]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, lora_A, lora_B, bias)):
+        return _Eager.apply(x, *parts, *arguments)
+    return ops.lora_linear(x, *parts, *arguments)[0]

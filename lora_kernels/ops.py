@@ -171,11 +171,14 @@ def _without_autocast(function: Callable) -> Callable:
     return run
 
 
-def _define(schema: str, function: Callable, fake: Callable) -> None:
+def _define(schema: str, function: Callable, fake: Callable) -> Callable:
+    """Registers the op. Returns its function, for callers that need no dispatcher."""
     name = schema.split("(", 1)[0]
+    eager = _without_autocast(function)
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, _without_autocast(function), "CompositeExplicitAutograd")
+    _library.impl(name, eager, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lora_kernels::{name}", fake, lib=_library)
+    return eager
 
 
 # ---- nf4_quantize ------------------------------------------------------------------------------------------
@@ -306,7 +309,7 @@ def _lora_linear(*args) -> tuple[Tensor, Tensor]:
     return y, h
 
 
-_define(
+lora_linear = _define(
     f"lora_linear(Tensor x, {_WEIGHT}, SymInt out_features, Tensor? lora_A, Tensor? lora_B, float scaling, "
     "Tensor? bias, float dropout_p, Tensor? rng) -> (Tensor y, Tensor h)",
     _lora_linear,
@@ -388,7 +391,7 @@ def _lora_linear_backward(*args) -> tuple[Tensor, ...]:
     return _present(outputs, dy)
 
 
-_define(
+lora_linear_backward = _define(
     f"lora_linear_backward(Tensor dy, Tensor? x, Tensor? h, {_WEIGHT}, SymInt in_features, Tensor? lora_A, "
     "Tensor? lora_B, float scaling, float dropout_p, Tensor? rng, bool[] needs) -> "
     "(Tensor dx, Tensor dA, Tensor dB, Tensor dbias)",
