@@ -2,7 +2,8 @@
 #
 #   make finetune   fine-tune a small language model on this machine, end to end   (ARGS="--steps 100 ...")
 #   make test       build, then run every test that needs no GPU                   (ARGS="-k nf4 ...")
-#   make bench      time the ops on this machine                                   (ARGS="--quick")
+#   make bench      time the ops on this machine                                   (ARGS="--quick", "--goals")
+#   make bench-compare   fail where an op has become slower than the stored baseline (ARGS="--update" stores one)
 #   make gpu        on a machine with a GPU, nvcc and torch: build, test, measure  (GPU_OUT=folder)
 #   make lint       check the style;  make format mends it
 #
@@ -24,7 +25,7 @@ FINETUNE_NEEDS := "transformers>=5" tqdm matplotlib
 TEST_NEEDS := pytest pytest-benchmark hypothesis "peft>=0.18" "bitsandbytes>=0.50" accelerate
 LINT_NEEDS := ruff==0.17.6 clang-format==23.1.5
 
-.PHONY: finetune test bench gpu lint format build clean
+.PHONY: finetune test bench bench-compare gpu lint format build clean
 
 # torch is named in every install, so that no dependency replaces the build of torch that was chosen.
 $(VENV)/base.stamp: Makefile
@@ -55,6 +56,9 @@ test: build $(VENV)/test.stamp
 
 bench: build $(VENV)/test.stamp
 	$(PY) bench/run.py $(ARGS)
+
+bench-compare: build $(VENV)/test.stamp
+	$(PY) bench/run.py --compare $(ARGS)
 
 gpu:
 	bash bench/gpu.sh "$(GPU_OUT)"

@@ -2,9 +2,9 @@
 
     python -m bench.goals [--results FOLDER] [--tokens 1,8,...]
 
-Every contender works on the same matrix, adapter and inputs, over rotating copies; outputs are checked against
-float64 before anything is timed. Prints a Markdown table of times and one of goals, reached or not, and writes both
-with the raw times to bench/results/<machine>/.
+Every contender works on the same matrix, adapter and inputs, over rotating copies; outputs are checked
+against float64 before anything is timed. Prints a Markdown table of times and one of goals, reached or not,
+and writes both with the raw times to bench/results/<machine>/.
 """
 
 import argparse
@@ -72,8 +72,8 @@ class Problem:
             error = relative_error(y.detach(), wanted)
         else:
             error = forward_error(y.detach(), x, self.base, lora=lora)
-        # Twice the limit of ours: peers round the weight, the sum and the adapter's part one after the other; the
-        # eval path rounds its scales to bf16 besides.
+        # Twice our limit for the peers: they round the weight, the sum and the adapter's part one after the
+        # other; the eval path rounds its scales to bf16 besides.
         limit = LIMIT[torch.bfloat16] * (1 if name == "lora_kernels" else 2)
         assert_error(error, limit, name)
 

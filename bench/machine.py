@@ -22,7 +22,9 @@ def cpu_name() -> str:
 
 
 def core_count() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores this process may use. A bound OpenMP runtime leaves the main thread one of them."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(allowed, torch.get_num_threads())
 
 
 def slug() -> str:
@@ -59,8 +61,8 @@ def commit() -> str | None:
     return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
 
 
-# glibc maps every block of over 32 MiB afresh, and the first touch of its pages takes longer than many a kernel:
-# the benchmarks keep freed memory, for all contenders alike.
+# glibc maps every block of over 32 MiB afresh, and the first touch of its pages takes longer than many a
+# kernel: the benchmarks keep freed memory, for all contenders alike.
 KEEP_FREED_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(8 << 30),

@@ -1,8 +1,8 @@
 """The peers: bitsandbytes' Linear4bit and torchao's NF4 under LoRA, and PEFT's LoRA on a dense layer.
 
-All get our adapter, and bitsandbytes our weight in the same bytes (torchao has a format of its own and quantises
-the same matrix itself). Adapters are in the base's dtype, which is the peers' fastest setting: PEFT's default of
-float32 adapters adds casts and float32 products.
+All get our adapter, and bitsandbytes our weight in the same bytes (torchao has a format of its own and
+quantises the same matrix itself). Adapters are in the base's dtype, which is the peers' fastest setting:
+PEFT's default of float32 adapters adds casts and float32 products.
 """
 
 import importlib

@@ -15,6 +15,7 @@ Call = Callable[[], object]
 
 MIN_SAMPLE_S = 2e-3  # what one sample should last at least: well over the resolution of events and of a clock
 MAX_CALLS = 1024  # in one graph
+PAUSE_S = 5e-3  # longer than an OpenMP runtime's threads spin
 SAMPLES = (5, 25)  # at least, at most
 
 
@@ -109,13 +110,18 @@ def graph_times(calls: Sequence[Call], warmup_s: float, budget_s: float) -> dict
 
 
 def interleaved_times(
-    contenders: Mapping[str, Callable[[int], object]], budget_s: float, rounds: tuple[int, int] = (5, 60)
+    contenders: Mapping[str, Callable[[int], object]],
+    budget_s: float,
+    rounds: tuple[int, int] = (5, 60),
+    pause_s: float = PAUSE_S,
 ) -> dict[str, list[float]]:
-    """Seconds of every call of every contender, in rounds A B C A B C ...; one warm-up round is not counted.
+    """Seconds of every call of every contender, in rounds A B C A B C ...; a warm-up round is not counted.
 
-    A contender is called with the number of the round, by which it chooses among copies of its tensors. Noise of
-    the machine that lasts longer than a round meets all of them alike, so ratios within a round are steadier
-    than times. At least rounds[0] and at most rounds[1] rounds, about `budget_s` in all.
+    A contender is called with the number of the round, by which it chooses among copies of its tensors.
+    Noise of the machine that lasts longer than a round meets all of them alike, so ratios within a round are
+    steadier than times. At least rounds[0] and at most rounds[1] rounds, about `budget_s` in all. A pause
+    before each call lets the threads of the one before go to sleep: a peer may bring an OpenMP runtime of its
+    own, whose threads would otherwise wait, spinning, on the cores of the next.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     began = time.perf_counter()
@@ -125,6 +131,7 @@ def interleaved_times(
     count = max(rounds[0], min(rounds[1], int(budget_s / max(warm_up, 1e-9))))
     for i in range(1, count + 1):
         for name, call in contenders.items():
+            time.sleep(pause_s)
             start = time.perf_counter()
             call(i)
             times[name].append(time.perf_counter() - start)

@@ -1,9 +1,9 @@
 """The differentiable LoRA linear map: what autograd saves, what it recomputes, and how autocast is honoured.
 
 The gradient formulas are attached to the ops (torch.library.register_autograd), so that `lora_linear` and
-`torch.ops.lora_kernels.lora_linear` differentiate alike, in eager mode and under torch.compile. The way through
-the dispatcher and its Python kernels costs as much as the product itself where there is one token: plain eager
-calls go around it, through an autograd Function of the same formulas.
+`torch.ops.lora_kernels.lora_linear` differentiate alike, in eager mode and under torch.compile. The way
+through the dispatcher and its Python kernels costs as much as the product itself where there is one token:
+plain eager calls go around it, through an autograd Function of the same formulas.
 """
 
 import torch
@@ -83,7 +83,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _is_plain_eager(*tensors: Tensor | None) -> bool:
-    """Whether nobody watches or rewrites ops (compilers, modes, functorch), so that the dispatcher may be left out."""
+    """Whether nobody watches or rewrites ops (compilers, modes, functorch): no dispatcher is needed."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0

@@ -1,0 +1,199 @@
+"""A regression check: this build against the stored baseline of this kind of machine.
+
+    python -m bench.compare [--update] [--repeats N]
+
+What is compared is, for each of a few calls, the median over interleaved rounds of its time divided by that
+of a dense F.linear timed in the same round: machines differ from day to day, the ratio hardly does. The baseline
+(bench/results/<machine>/baseline.json, written by --update) holds for each call the median ratio of several
+repeats and their spread. A call has become slower where its ratio exceeds the baseline's by more than
+THRESHOLD_SPREADS spreads and by more than LEAST_THRESHOLD, in each of ATTEMPTS measurements. Exit status: 0
+no regression, 1 a regression, 2 no baseline of this kind of machine.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import lora_kernels as lk
+from bench import machine
+from bench.problem import Base, copy_nf4
+from bench.shapes import SCALING
+from bench.timing import interleaved_times
+from lora_kernels.backends import backend_for
+
+ATTEMPTS = 3  # a regression shows in all of them; a disturbance of the machine hardly does
+THRESHOLD_SPREADS = 4.0
+LEAST_THRESHOLD = 0.04
+MOST_THRESHOLD = (
+    0.08  # where the spread asks for more, a 10 % regression could not be told: more rounds are needed
+)
+COPIES = 4
+BUDGET_S = 3.0  # of one measurement of one call
+# Lengthens each of our calls by this share of its own time: how bench/prove_compare.py plants a regression.
+PLANT = "LORA_KERNELS_BENCH_PLANT"
+
+
+class Statistic(NamedTuple):
+    """Of the ratios of several repeats."""
+
+    ratio: float  # median
+    spread: float  # relative: 1.48 median absolute deviations, which is a standard deviation of normal noise
+
+    @property
+    def threshold(self) -> float:
+        """The relative excess that is a regression."""
+        return max(LEAST_THRESHOLD, THRESHOLD_SPREADS * self.spread)
+
+
+def statistic(ratios: list[float]) -> Statistic:
+    middle = statistics.median(ratios)
+    deviation = statistics.median(abs(r - middle) for r in ratios)
+    return Statistic(middle, 1.4826 * deviation / middle)
+
+
+def excess(baseline: Statistic, ratio: float) -> float:
+    """How much slower than the baseline, relative to it."""
+    return ratio / baseline.ratio - 1
+
+
+def verdict(baseline: Statistic, measure: Callable[[], float]) -> tuple[bool, list[float]]:
+    """Whether a call has become slower, and the excess of each attempt; the first good one ends it."""
+    seen: list[float] = []
+    for _ in range(ATTEMPTS):
+        seen.append(excess(baseline, measure()))
+        if seen[-1] <= baseline.threshold:
+            return False, seen
+    return True, seen
+
+
+def _slowed(call: Callable[[int], object], share: float) -> Callable[[int], object]:
+    def run(i: int) -> object:
+        start = time.perf_counter()
+        result = call(i)
+        end = time.perf_counter()
+        while time.perf_counter() - end < share * (end - start):
+            pass
+        return result
+
+    return run
+
+
+class Case(NamedTuple):
+    n: int
+    k: int
+    t: int
+    what: str  # forward, step (forward and backward), dequantise, quantise
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.n}x{self.k} T={self.t}"
+
+
+CASES = (
+    Case(4096, 4096, 1, "forward"),
+    Case(4096, 4096, 16, "forward"),
+    Case(4096, 4096, 128, "forward"),
+    Case(4096, 4096, 8, "step"),
+    Case(4096, 4096, 128, "step"),
+    Case(1536, 576, 64, "forward"),
+    Case(4096, 4096, 8, "dequantise"),
+    Case(4096, 4096, 16, "quantise"),
+)
+
+
+def make(case: Case) -> dict[str, Callable[[int], object]]:
+    """The call and the dense product it is held against."""
+    base = Base(case.n, case.k, torch.bfloat16, torch.device("cpu"))
+    dense = [base.dense().clone() for _ in range(COPIES)]
+    nf4 = [copy_nf4(base.nf4) for _ in range(COPIES)]
+    A, B = (m.clone().requires_grad_(case.what == "step") for m in (base.lora_A, base.lora_B))
+    x = torch.randn(case.t, case.k).bfloat16().requires_grad_(case.what == "step")
+    dy = torch.randn(case.t, case.n).bfloat16()
+    out = torch.empty_like(dense[0])
+    dequantise = backend_for(out.device).nf4_dequantize
+
+    def forward(i: int) -> torch.Tensor:
+        return lk.lora_linear(x, nf4[i % COPIES], A, B, scaling=SCALING)
+
+    calls = {
+        "forward": forward,
+        "step": lambda i: torch.autograd.grad(forward(i), (x, A, B), dy),
+        "dequantise": lambda i: dequantise(nf4[i % COPIES].base_weight(), 0, 0, out),
+        "quantise": lambda i: lk.nf4_quantize(dense[i % COPIES]),
+    }
+    ours = calls[case.what]
+    planted = float(os.environ.get(PLANT, "0"))
+    if planted:
+        ours = _slowed(ours, planted)
+    flat = x.detach()
+    return {"dense": lambda i: torch.nn.functional.linear(flat, dense[i % COPIES]), "ours": ours}
+
+
+def ratio(calls: dict[str, Callable[[int], object]]) -> float:
+    times = interleaved_times(calls, BUDGET_S, rounds=(9, 400), pause_s=0)
+    return statistics.median(a / b for a, b in zip(times["ours"], times["dense"], strict=True))
+
+
+def update(path: Path, repeats: int) -> int:
+    ratios: dict[str, list[float]] = {str(case): [] for case in CASES}
+    for repeat in range(repeats):
+        print(f"repeat {repeat + 1} of {repeats}", file=sys.stderr, flush=True)
+        for case in CASES:
+            ratios[str(case)].append(ratio(make(case)))
+    cases = {name: statistic(values)._asdict() | {"repeats": values} for name, values in ratios.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": machine.describe_cpu(), "cases": cases}, indent=1) + "\n")
+    for name, entry in cases.items():
+        threshold = Statistic(entry["ratio"], entry["spread"]).threshold
+        noisy = "  TOO NOISY to tell 10 %" if threshold > MOST_THRESHOLD else ""
+        print(f"{name:<32} {entry['ratio']:.3f} of dense, threshold {threshold:.1%}{noisy}")
+    print(f"written: {path}")
+    return 0
+
+
+def compare(path: Path) -> int:
+    if not path.exists():
+        print(
+            f"bench.compare: error: no baseline of this kind of machine ({path}); --update makes one",
+            file=sys.stderr,
+        )
+        return 2
+    stored = json.loads(path.read_text())["cases"]
+    slower = []
+    for case in CASES:
+        if str(case) not in stored:
+            print(f"{case!s:<32} not in the baseline")
+            continue
+        baseline = Statistic(stored[str(case)]["ratio"], stored[str(case)]["spread"])
+        calls = make(case)
+        worse, seen = verdict(baseline, lambda calls=calls: ratio(calls))
+        attempts = ", ".join(f"{value:+.1%}" for value in seen)
+        print(
+            f"{case!s:<32} {attempts}  (threshold +{baseline.threshold:.1%}){'  SLOWER' * worse}", flush=True
+        )
+        if worse:
+            slower.append(str(case))
+    print(f"slower than the baseline: {', '.join(slower)}" if slower else "no regression")
+    return 1 if slower else 0
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description="Compares this build with the stored baseline.")
+    parser.add_argument("--results", type=Path, default=machine.ROOT / "bench" / "results", metavar="FOLDER")
+    parser.add_argument("--update", action="store_true", help="measure and store the baseline instead")
+    parser.add_argument("--repeats", type=int, default=7, help="of --update; default: %(default)s")
+    arguments = parser.parse_args(argv)
+    torch.manual_seed(0)
+    path = arguments.results.resolve() / machine.slug() / "baseline.json"
+    return update(path, arguments.repeats) if arguments.update else compare(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

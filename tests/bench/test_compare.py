@@ -1,0 +1,50 @@
+"""The rule of the regression check, on made-up ratios."""
+
+import random
+import statistics
+
+import pytest
+
+from bench.compare import ATTEMPTS, LEAST_THRESHOLD, Statistic, excess, statistic, verdict
+from bench.timing import interleaved_times
+
+
+def noisy(rng: random.Random, ratio: float, spread: float):
+    return lambda: ratio * rng.gauss(1, spread)
+
+
+@pytest.mark.parametrize("spread", [0.002, 0.01, 0.018])
+def test_ten_percent_are_caught_and_noise_is_not(spread, seed):
+    rng = random.Random(seed)
+    false, caught, runs = 0, 0, 300
+    for _ in range(runs):
+        baseline = statistic([0.5 * rng.gauss(1, spread) for _ in range(9)])
+        false += verdict(baseline, noisy(rng, 0.5, spread))[0]
+        caught += verdict(baseline, noisy(rng, 0.55, spread))[0]
+    assert false == 0
+    assert caught >= {0.002: 1.0, 0.01: 0.95, 0.018: 0.4}[spread] * runs
+
+
+def test_a_regression_must_show_in_every_attempt():
+    baseline = Statistic(1.0, 0.0)
+    readings = iter([1.2, 1.2, 1.0])
+    assert verdict(baseline, lambda: next(readings)) == (
+        False,
+        [excess(baseline, r) for r in (1.2, 1.2, 1.0)],
+    )
+    slower, seen = verdict(baseline, lambda: 1.2)
+    assert slower and len(seen) == ATTEMPTS
+
+
+def test_the_threshold_follows_the_spread():
+    quiet, wild = statistic([1.0, 1.0, 1.0]), statistic([0.9, 1.0, 1.1])
+    assert quiet.threshold == LEAST_THRESHOLD
+    assert wild.threshold == pytest.approx(4 * 1.4826 * 0.1)
+
+
+def test_rounds_are_interleaved_and_the_warm_up_is_not_counted():
+    order = []
+    contenders = {name: (lambda i, name=name: order.append((i, name))) for name in "abc"}
+    times = interleaved_times(contenders, 0.0, rounds=(3, 3))
+    assert order == [(i, name) for i in range(4) for name in "abc"]
+    assert all(len(samples) == 3 and statistics.median(samples) >= 0 for samples in times.values())
