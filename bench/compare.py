@@ -3,9 +3,9 @@
     python -m bench.compare [--update] [--repeats N]
 
 What is compared is, for each of a few calls, the median over interleaved rounds of its time divided by that
-of a dense F.linear timed in the same round: machines differ from day to day, the ratio hardly does. The baseline
-(bench/results/<machine>/baseline.json, written by --update) holds for each call the median ratio of several
-repeats and their spread. A call has become slower where its ratio exceeds the baseline's by more than
+of a dense F.linear timed in the same round: machines differ from day to day, the ratio hardly does. The
+baseline (bench/results/<machine>/baseline.json, written by --update) holds for each call the median ratio of
+several repeats and their spread. A call has become slower where its ratio exceeds the baseline's by more than
 THRESHOLD_SPREADS spreads and by more than LEAST_THRESHOLD, in each of ATTEMPTS measurements. Exit status: 0
 no regression, 1 a regression, 2 no baseline of this kind of machine.
 """

@@ -6,6 +6,8 @@ through the dispatcher and its Python kernels costs as much as the product itsel
 plain eager calls go around it, through an autograd Function of the same formulas.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -107,6 +109,38 @@ def dropout_rng(device: torch.device | str) -> Tensor:
     return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device)
 
 
+def _base_arguments(op: str, x: Tensor, weight: Tensor | NF4Weight) -> tuple[Tensor, tuple, int]:
+    """x and the base as the ops take them (weight, absmax, nested_absmax, offset, blocksize), and N.
+
+    Under autocast x and a dense weight come in its dtype.
+    """
+    if isinstance(weight, NF4Weight):
+        out_features, in_features = weight.shape
+        if x.dim() > 0 and x.shape[-1] != in_features:
+            raise ValueError(
+                f"{op}: x has last dimension {x.shape[-1]}, but weight [N, K] = {tuple(weight.shape)} "
+                f"takes K = {in_features}"
+            )
+        parts = (weight.packed, weight.absmax, weight.nested_absmax, weight.offset, weight.blocksize)
+    elif isinstance(weight, Tensor):
+        if weight.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{op}: weight requires a gradient, but the base weight is frozen; call "
+                "requires_grad_(False) on it, or use torch.nn.functional.linear to train it"
+            )
+        out_features = weight.shape[0] if weight.dim() == 2 else -1
+        parts = (weight, None, None, None, 0)
+    else:
+        raise TypeError(f"{op}: weight is a {type(weight).__name__}, expected a Tensor or an NF4Weight")
+    floating = x.is_floating_point() and x.device.type != "meta"
+    if floating and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x = x.to(dtype)
+        if parts[1] is None:
+            parts = (parts[0].to(dtype), *parts[1:])
+    return x, parts, out_features
+
+
 def lora_linear(
     x: Tensor,
     weight: Tensor | NF4Weight,
@@ -146,32 +180,7 @@ def lora_linear(
 
     Source: Hu et al. 2021 (LoRA), section 4.1; Dettmers et al. 2023 (QLoRA), equation 5.
     """
-    if isinstance(weight, NF4Weight):
-        out_features, in_features = weight.shape
-        if x.dim() > 0 and x.shape[-1] != in_features:
-            raise ValueError(
-                f"lora_linear: x has last dimension {x.shape[-1]}, but weight [N, K] = {tuple(weight.shape)} "
-                f"takes K = {in_features}"
-            )
-        parts = (weight.packed, weight.absmax, weight.nested_absmax, weight.offset, weight.blocksize)
-    elif isinstance(weight, Tensor):
-        if weight.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                "lora_linear: weight requires a gradient, but the base weight is frozen; call "
-                "requires_grad_(False) on it, or use torch.nn.functional.linear to train it"
-            )
-        out_features = weight.shape[0] if weight.dim() == 2 else -1
-        parts = (weight, None, None, None, 0)
-    else:
-        raise TypeError(
-            f"lora_linear: weight is a {type(weight).__name__}, expected a Tensor or an NF4Weight"
-        )
-    floating = x.is_floating_point() and x.device.type != "meta"
-    if floating and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x = x.to(dtype)
-        if parts[1] is None:
-            parts = (parts[0].to(dtype), *parts[1:])
+    x, parts, out_features = _base_arguments("lora_linear", x, weight)
     if dropout_p > 0 and rng is None:
         rng = dropout_rng(x.device)
     arguments = (out_features, lora_A, lora_B, float(scaling), bias, float(dropout_p), rng)
@@ -180,3 +189,159 @@ def lora_linear(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, lora_A, lora_B, bias)):
         return _Eager.apply(x, *parts, *arguments)
     return ops.lora_linear(x, *parts, *arguments)[0]
+
+
+# ---- lora_linear_batched -----------------------------------------------------------------------------------
+
+
+def _setup_batched(ctx, inputs, output) -> None:
+    x, *base, blocksize, _, lora_A, lora_B, scaling, index, bias, dropout_p, rng = inputs
+    # Here ctx.needs_input_grad does not have the structure of the inputs; in the backward it has.
+    needs_A, needs_B = [a.requires_grad for a in lora_A], [b.requires_grad for b in lora_B]
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.in_features, ctx.blocksize, ctx.scaling, ctx.dropout_p = x.shape[-1], blocksize, scaling, dropout_p
+    ctx.bias_dtype, ctx.count = None if bias is None else bias.dtype, len(lora_A)
+    saved = (x if any(needs_A) else None, output[1] if any(needs_B) else None)
+    ctx.save_for_backward(*saved, *base, index, rng, *lora_A, *lora_B)
+
+
+def _backward_batched(ctx, dy, dh):
+    count = ctx.count
+    needs = ctx.needs_input_grad
+    needs_A, needs_B = needs[7], needs[8]
+    if dy is None:
+        return (*(None,) * 7, [None] * count, [None] * count, *(None,) * 5)
+    x, h, *base, index, rng = ctx.saved_tensors[:8]
+    adapters = ctx.saved_tensors[8:]
+    lora_A, lora_B = list(adapters[:count]), list(adapters[count:])
+    dx, dA, dB, dbias = torch.ops.lora_kernels.lora_linear_batched_backward.default(
+        *(dy, x, h, *base, ctx.blocksize, ctx.in_features, lora_A, lora_B, ctx.scaling, index),
+        *(ctx.dropout_p, rng, [needs[0], needs[11], *needs_A, *needs_B]),
+    )
+    result: list = [None] * 14
+    result[0] = dx if needs[0] else None
+    result[7] = [g if need else None for g, need in zip(dA, needs_A, strict=True)]
+    result[8] = [g if need else None for g, need in zip(dB, needs_B, strict=True)]
+    result[11] = dbias.to(ctx.bias_dtype) if needs[11] else None
+    return tuple(result)
+
+
+torch.library.register_autograd(
+    "lora_kernels::lora_linear_batched", _backward_batched, setup_context=_setup_batched
+)
+torch.library.register_autograd("lora_kernels::lora_linear_batched_backward", _no_double_backward)
+
+
+def lora_linear_batched(
+    x: Tensor,
+    weight: Tensor | NF4Weight,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scaling: Sequence[float],
+    adapter_index: Tensor,
+    *,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    rng: Tensor | None = None,
+) -> Tensor:
+    """lora_linear with an adapter of its own for every row t of x, the one of index i = adapter_index[t].
+
+    y_t = x_t·W0ᵀ + s_i·(dropout(x_t)·A_iᵀ)·B_iᵀ + bias. One product with W0 serves all rows; then each
+    adapter's rows are taken together. Differentiable in x, every lora_A and lora_B, and bias: an adapter that
+    no row takes gets a gradient of zero.
+
+    Args:
+        x: [..., K], as in `lora_linear`.
+        weight: W0, frozen, as in `lora_linear`.
+        lora_A, lora_B: adapter i: [r_i, K] and [N, r_i]; ranks may differ. None at all: base alone.
+        scaling: s_i.
+        adapter_index: int64, of x's leading shape; -1 = base alone. On a CPU other values outside the list
+            are refused; on a GPU, where looking would make every call wait for the device, they are not
+            looked for.
+        dropout_p, rng: one mask for all rows, that of `lora_linear` on the same x.
+
+    Raises:
+        ValueError, TypeError: as `lora_linear`; lists of different lengths; an index out of range.
+
+    Source: Chen et al. 2023 (Punica), section 3, for the setting.
+    """
+    x, parts, out_features = _base_arguments("lora_linear_batched", x, weight)
+    if dropout_p > 0 and rng is None:
+        rng = dropout_rng(x.device)
+    scales = [float(s) for s in scaling]
+    arguments = (out_features, list(lora_A), list(lora_B), scales, adapter_index, bias, float(dropout_p), rng)
+    return torch.ops.lora_kernels.lora_linear_batched.default(x, *parts, *arguments)[0]
+
+
+# ---- dora_linear -------------------------------------------------------------------------------------------
+
+
+def _setup_dora(ctx, inputs, output) -> None:
+    x, *base, blocksize, _, lora_A, lora_B, magnitude, scaling, bias, dropout_p, rng = inputs
+    _, h, norm = output
+    ctx.mark_non_differentiable(h, norm)
+    ctx.set_materialize_grads(False)
+    ctx.in_features, ctx.blocksize, ctx.scaling, ctx.dropout_p = x.shape[-1], blocksize, scaling, dropout_p
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(x, h, norm, *base, lora_A, lora_B, magnitude, rng)
+
+
+def _backward_dora(ctx, dy, dh, dnorm):
+    if dy is None:
+        return (None,) * 14
+    *tensors, lora_A, lora_B, magnitude, rng = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[i] for i in (0, 7, 8, 9, 11)]
+    grads = torch.ops.lora_kernels.dora_linear_backward.default(
+        *(dy, *tensors, ctx.blocksize, ctx.in_features, lora_A, lora_B, magnitude),
+        *(ctx.scaling, ctx.dropout_p, rng, needs),
+    )
+    dx, dA, dB, dm, dbias = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
+    dbias = None if dbias is None else dbias.to(ctx.bias_dtype)
+    return (dx, *(None,) * 6, dA, dB, dm, None, dbias, None, None)
+
+
+torch.library.register_autograd("lora_kernels::dora_linear", _backward_dora, setup_context=_setup_dora)
+torch.library.register_autograd("lora_kernels::dora_linear_backward", _no_double_backward)
+
+
+def dora_linear(
+    x: Tensor,
+    weight: Tensor | NF4Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    *,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    rng: Tensor | None = None,
+) -> Tensor:
+    """DoRA: y = c·(W0 + s·B·A)·x + bias with c = magnitude / ‖W0 + s·B·A‖₂ of every row.
+
+    The norm comes from ‖w‖² + 2s·(A·w)·b + s²·bᵀ(A·Aᵀ)b by panels of rows, so that neither W0 nor W0 + s·B·A
+    is ever whole; it is a constant for the gradient (section 4.3 of the paper, and PEFT). With dropout, as in
+    PEFT, the change to the base output is what sees the dropped x, which takes a second product with W0:
+    y = W0·x + (c-1)·W0·x' + c·s·B·A·x' + bias, x' = m⊙x/(1-p).
+
+    Args:
+        x: [..., K], as in `lora_linear`.
+        weight: W0 [N, K], frozen, as in `lora_linear`.
+        lora_A, lora_B: [r, K] and [N, r], any float dtype.
+        magnitude: m [N], any float dtype; DoRA starts it at the row norms of W0.
+        scaling, bias, dropout_p, rng: as in `lora_linear`.
+
+    Returns:
+        y [..., N] in x's dtype; differentiable in x, lora_A, lora_B, magnitude and bias. The gradient of the
+        magnitude takes one more product with W0 in place of a kept tensor of y's size.
+
+    Raises:
+        ValueError, TypeError: as `lora_linear`.
+
+    Source: Liu et al. 2024 (DoRA), equations 5 and 6.
+    """
+    x, parts, out_features = _base_arguments("dora_linear", x, weight)
+    if dropout_p > 0 and rng is None:
+        rng = dropout_rng(x.device)
+    arguments = (out_features, lora_A, lora_B, magnitude, float(scaling), bias, float(dropout_p), rng)
+    return torch.ops.lora_kernels.dora_linear.default(x, *parts, *arguments)[0]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lora_kernels import ops, reference
+from lora_kernels import checks, ops, reference  # noqa: F401 - ops defines them
 from lora_kernels.base_weight import BaseWeight
 
 _QUANT_STATE = "quant_state.bitsandbytes__nf4"
@@ -215,7 +215,7 @@ class NF4Weight:
 
     def check(self, name: str = "weight") -> None:
         """Raises ValueError or TypeError, naming the part, where the tensors do not make an NF4 weight."""
-        ops.check_nf4(self.base_weight(), "NF4 weight", name, separator=".")
+        checks.check_nf4(self.base_weight(), "NF4 weight", name, separator=".")
         for part, tensor in self.tensors().items():
             if tensor.is_meta or tensor.dtype != torch.float32:
                 continue

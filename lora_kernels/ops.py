@@ -16,128 +16,25 @@ from torch import Tensor
 
 from lora_kernels.backends import backend_for
 from lora_kernels.base_weight import BaseWeight
-from lora_kernels.reference import NESTED_BLOCKSIZE, NF4_BLOCKSIZES
+from lora_kernels.checks import (
+    FLOATS,
+    ceil_div,
+    check_adapter,
+    check_adapter_index_values,
+    check_adapters,
+    check_base,
+    check_blocksize,
+    check_device,
+    check_dtype,
+    check_scalars,
+    check_shape,
+    check_x,
+)
+from lora_kernels.reference import NESTED_BLOCKSIZE
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _WEIGHT = "Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? offset, int blocksize"
 
 _library = torch.library.Library("lora_kernels", "FRAGMENT")
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-# ---- checks ------------------------------------------------------------------------------------------------
-
-
-def _check_dtype(op: str, name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
-    if tensor.dtype not in allowed:
-        expected = ", ".join(str(d).removeprefix("torch.") for d in allowed)
-        raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, expected {expected}")
-
-
-def _check_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], formula: str) -> None:
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {formula} = {shape}")
-
-
-def _check_device(op: str, device: torch.device, **tensors: Tensor | None) -> None:
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != device:
-            raise ValueError(f"{op}: {name} is on {tensor.device}, but the other tensors are on {device}")
-
-
-def _check_blocksize(op: str, blocksize: int) -> None:
-    if blocksize not in NF4_BLOCKSIZES:
-        raise ValueError(f"{op}: blocksize is {blocksize}, expected one of {NF4_BLOCKSIZES}")
-
-
-def check_nf4(base: BaseWeight, op: str, weight_name: str = "weight", separator: str = "") -> None:
-    """Raises ValueError or TypeError where the tensors of an NF4 weight do not fit its shape.
-
-    Messages name them weight, absmax, ..., or with a separator "." weight, weight.absmax, ...
-    """
-
-    def name(part: str) -> str:
-        return weight_name + separator + part if separator else part
-
-    _check_blocksize(op, base.blocksize)
-    n = base.out_features * base.in_features
-    blocks = _ceil_div(n, base.blocksize)
-    _check_dtype(op, weight_name, base.data, (torch.uint8,))
-    if base.data.numel() != _ceil_div(n, 2):
-        raise ValueError(
-            f"{op}: {weight_name} holds {base.data.numel()} bytes of NF4 codes, expected ceil(N*K/2) = "
-            f"{_ceil_div(n, 2)} for N = {base.out_features}, K = {base.in_features}"
-        )
-    _check_shape(op, name("absmax"), base.absmax, (blocks,), "[ceil(N*K / blocksize)]")
-    if (base.nested_absmax is None) != (base.offset is None):
-        raise ValueError(f"{op}: nested_absmax and offset go together; got only one of them")
-    if base.nested_absmax is None:
-        _check_dtype(op, name("absmax") + " (not double-quantised)", base.absmax, (torch.float32,))
-        return
-    _check_dtype(op, name("absmax") + " (double-quantised)", base.absmax, (torch.uint8,))
-    _check_dtype(op, name("nested_absmax"), base.nested_absmax, (torch.float32,))
-    _check_dtype(op, name("offset"), base.offset, (torch.float32,))
-    nested_blocks = _ceil_div(blocks, NESTED_BLOCKSIZE)
-    _check_shape(op, name("nested_absmax"), base.nested_absmax, (nested_blocks,), "[ceil(blocks / 256)]")
-    _check_shape(op, name("offset"), base.offset, (), "[]")
-
-
-def _check_base(op: str, base: BaseWeight, like: Tensor, like_name: str) -> None:
-    if base.out_features < 0 or base.in_features < 0:
-        raise ValueError(f"{op}: got N = {base.out_features}, K = {base.in_features}, expected sizes >= 0")
-    if base.quantized:
-        check_nf4(base, op)
-    else:
-        shape = (base.out_features, base.in_features)
-        _check_shape(op, "weight", base.data, shape, "[N, K]")
-        _check_dtype(op, f"weight ({like_name} is {like.dtype})", base.data, (like.dtype,))
-    _check_device(
-        op,
-        like.device,
-        weight=base.data,
-        absmax=base.absmax,
-        nested_absmax=base.nested_absmax,
-        offset=base.offset,
-    )
-
-
-def _check_adapter(
-    op: str, base: BaseWeight, device: torch.device, lora_A: Tensor | None, lora_B: Tensor | None
-) -> None:
-    if (lora_A is None) != (lora_B is None):
-        raise ValueError(f"{op}: lora_A and lora_B go together; got only one of them")
-    if lora_A is None:
-        return
-    for name, matrix in (("lora_A", lora_A), ("lora_B", lora_B)):
-        if matrix.dim() != 2:
-            raise ValueError(f"{op}: {name} has {matrix.dim()} dimensions, expected 2")
-        _check_dtype(op, name, matrix, _FLOATS)
-    rank = lora_A.shape[0]
-    if rank < 1:
-        raise ValueError(f"{op}: lora_A has rank 0, expected r >= 1")
-    _check_shape(op, "lora_A", lora_A, (rank, base.in_features), "[r, K]")
-    _check_shape(op, "lora_B", lora_B, (base.out_features, rank), "[N, r]")
-    _check_device(op, device, lora_A=lora_A, lora_B=lora_B)
-
-
-def _check_scalars(
-    op: str, scaling: float, dropout_p: float, rng: Tensor | None, device: torch.device
-) -> None:
-    if not math.isfinite(scaling):
-        raise ValueError(f"{op}: scaling is {scaling}, expected a finite number")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"{op}: dropout_p is {dropout_p}, expected 0 <= p < 1")
-    if dropout_p > 0:
-        if rng is None:
-            raise ValueError(
-                f"{op}: dropout_p is {dropout_p}, which needs rng, an int64 tensor (seed, offset)"
-            )
-        _check_dtype(op, "rng", rng, (torch.int64,))
-        _check_shape(op, "rng", rng, (2,), "(seed, offset)")
-        _check_device(op, device, rng=rng)
 
 
 # ---- the way into a backend --------------------------------------------------------------------------------
@@ -190,13 +87,13 @@ def _nf4_quantize_outputs(
     op = "nf4_quantize"
     if weight.dim() != 2:
         raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}, expected 2 dimensions [N, K]")
-    _check_dtype(op, "weight", weight, (torch.float32, torch.float16, torch.bfloat16))
-    _check_blocksize(op, blocksize)
+    check_dtype(op, "weight", weight, (torch.float32, torch.float16, torch.bfloat16))
+    check_blocksize(op, blocksize)
     n = weight.numel()
-    blocks = _ceil_div(n, blocksize)
-    packed = weight.new_empty((_ceil_div(n, 2), 1), dtype=torch.uint8)
+    blocks = ceil_div(n, blocksize)
+    packed = weight.new_empty((ceil_div(n, 2), 1), dtype=torch.uint8)
     absmax = weight.new_empty(blocks, dtype=torch.uint8 if double_quant else torch.float32)
-    nested = weight.new_empty(_ceil_div(blocks, NESTED_BLOCKSIZE) if double_quant else 0, dtype=torch.float32)
+    nested = weight.new_empty(ceil_div(blocks, NESTED_BLOCKSIZE) if double_quant else 0, dtype=torch.float32)
     return packed, absmax, nested, weight.new_empty((), dtype=torch.float32)
 
 
@@ -239,8 +136,8 @@ def _nf4_dequantize_output(
         raise ValueError(f"{op}: shape is {tuple(shape)}, expected two sizes [N, K]")
     base = BaseWeight(weight, absmax, nested_absmax, offset, blocksize, *shape)
     out = weight.new_empty(tuple(shape), dtype=dtype)
-    _check_dtype(op, "dtype", out, _FLOATS)
-    _check_base(op, base, weight, "weight")
+    check_dtype(op, "dtype", out, FLOATS)
+    check_base(op, base, weight, "weight")
     return base, out
 
 
@@ -277,23 +174,9 @@ def _lora_linear_outputs(
     rng: Tensor | None,
 ) -> tuple[BaseWeight, Tensor, Tensor]:
     op = "lora_linear"
-    _check_dtype(op, "x", x, _FLOATS)
-    if x.dim() < 1:
-        raise ValueError(f"{op}: x has no dimensions, expected [..., K]")
-    in_features = x.shape[-1]
-    if absmax is None and weight.dim() == 2 and weight.shape[1] != in_features:
-        raise ValueError(
-            f"{op}: x has last dimension {in_features}, but weight [N, K] = {tuple(weight.shape)} takes "
-            f"K = {weight.shape[1]}"
-        )
-    base = BaseWeight(weight, absmax, nested_absmax, offset, blocksize, out_features, in_features)
-    _check_base(op, base, x, "x")
-    _check_adapter(op, base, x.device, lora_A, lora_B)
-    _check_scalars(op, scaling, dropout_p, rng, x.device)
-    if bias is not None:
-        _check_shape(op, "bias", bias, (out_features,), "[N]")
-        _check_dtype(op, "bias", bias, _FLOATS)
-        _check_device(op, x.device, bias=bias)
+    base = check_x(op, x, weight, absmax, nested_absmax, offset, blocksize, out_features, bias)
+    check_adapter(op, base, x.device, lora_A, lora_B)
+    check_scalars(op, scaling, dropout_p, rng, x.device)
     tokens = math.prod(x.shape[:-1])
     y = x.new_empty((*x.shape[:-1], out_features))
     return base, y, x.new_empty((tokens, 0 if lora_A is None else lora_A.shape[0]))
@@ -337,11 +220,11 @@ def _lora_linear_backward_outputs(
     needs: list[bool],
 ) -> tuple[BaseWeight, list[Tensor | None]]:
     op = "lora_linear_backward"
-    _check_dtype(op, "dy", dy, _FLOATS)
+    check_dtype(op, "dy", dy, FLOATS)
     base = BaseWeight(weight, absmax, nested_absmax, offset, blocksize, dy.shape[-1], in_features)
-    _check_base(op, base, dy, "dy")
-    _check_adapter(op, base, dy.device, lora_A, lora_B)
-    _check_scalars(op, scaling, dropout_p, rng, dy.device)
+    check_base(op, base, dy, "dy")
+    check_adapter(op, base, dy.device, lora_A, lora_B)
+    check_scalars(op, scaling, dropout_p, rng, dy.device)
     need_dx, need_dA, need_dB, need_dbias = needs
     if (need_dA or need_dB) and lora_A is None:
         raise ValueError(f"{op}: needs asks for dA or dB, but there is no adapter")
@@ -349,14 +232,14 @@ def _lora_linear_backward_outputs(
     if need_dA:
         if x is None:
             raise ValueError(f"{op}: dA needs x")
-        _check_shape(op, "x", x, (*dy.shape[:-1], in_features), "[..., K]")
-        _check_dtype(op, "x", x, (dy.dtype,))
+        check_shape(op, "x", x, (*dy.shape[:-1], in_features), "[..., K]")
+        check_dtype(op, "x", x, (dy.dtype,))
     if need_dB:
         if h is None:
             raise ValueError(f"{op}: dB needs h")
-        _check_shape(op, "h", h, (tokens, lora_A.shape[0]), "[T, r]")
-        _check_dtype(op, "h", h, (dy.dtype,))
-    _check_device(op, dy.device, x=x, h=h)
+        check_shape(op, "h", h, (tokens, lora_A.shape[0]), "[T, r]")
+        check_dtype(op, "h", h, (dy.dtype,))
+    check_device(op, dy.device, x=x, h=h)
     wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
     return base, [
         dy.new_empty((*dy.shape[:-1], in_features)) if need_dx else None,
@@ -397,4 +280,247 @@ lora_linear_backward = _define(
     "(Tensor dx, Tensor dA, Tensor dB, Tensor dbias)",
     _lora_linear_backward,
     lambda *args: _present(_lora_linear_backward_outputs(*args)[1], args[0]),
+)
+
+# ---- lora_linear_batched -----------------------------------------------------------------------------------
+
+
+def _lora_linear_batched_outputs(
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor | None,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    blocksize: int,
+    out_features: int,
+    lora_A: list[Tensor],
+    lora_B: list[Tensor],
+    scaling: list[float],
+    adapter_index: Tensor,
+    bias: Tensor | None,
+    dropout_p: float,
+    rng: Tensor | None,
+) -> tuple[BaseWeight, Tensor, Tensor]:
+    op = "lora_linear_batched"
+    base = check_x(op, x, weight, absmax, nested_absmax, offset, blocksize, out_features, bias)
+    check_scalars(op, 1.0, dropout_p, rng, x.device)
+    check_adapters(op, base, x, lora_A, lora_B, scaling, adapter_index, x.shape[:-1])
+    tokens = math.prod(x.shape[:-1])
+    rank = max((a.shape[0] for a in lora_A), default=0)
+    return base, x.new_empty((*x.shape[:-1], out_features)), x.new_empty((tokens, rank))
+
+
+def _lora_linear_batched(*args) -> tuple[Tensor, Tensor]:
+    base, y, h = _lora_linear_batched_outputs(*args)
+    x, lora_A, lora_B, scaling, adapter_index, bias, dropout_p, rng = args[0], *args[7:]
+    if y.device.type != "meta" and h.shape[0] > 0:
+        check_adapter_index_values("lora_linear_batched", adapter_index, len(lora_A))
+        index, y2 = adapter_index.reshape(-1), y.view(h.shape[0], base.out_features)
+        arguments = (lora_A, lora_B, scaling, index, bias, dropout_p, rng, y2, h)
+        backend_for(x.device).lora_linear_batched(_rows(x), _contiguous(base), *arguments)
+    return y, h
+
+
+_define(
+    f"lora_linear_batched(Tensor x, {_WEIGHT}, SymInt out_features, Tensor[] lora_A, Tensor[] lora_B, "
+    "float[] scaling, Tensor adapter_index, Tensor? bias, float dropout_p, Tensor? rng) -> "
+    "(Tensor y, Tensor h)",
+    _lora_linear_batched,
+    lambda *args: _lora_linear_batched_outputs(*args)[1:],
+)
+
+
+def _lora_linear_batched_backward_outputs(
+    dy: Tensor,
+    x: Tensor | None,
+    h: Tensor | None,
+    weight: Tensor,
+    absmax: Tensor | None,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    blocksize: int,
+    in_features: int,
+    lora_A: list[Tensor],
+    lora_B: list[Tensor],
+    scaling: list[float],
+    adapter_index: Tensor,
+    dropout_p: float,
+    rng: Tensor | None,
+    needs: list[bool],
+) -> tuple[BaseWeight, Tensor | None, list[Tensor | None], list[Tensor | None], Tensor | None]:
+    """`needs`: dx, dbias, then dA of every adapter, then dB of every adapter."""
+    op = "lora_linear_batched_backward"
+    check_dtype(op, "dy", dy, FLOATS)
+    base = BaseWeight(weight, absmax, nested_absmax, offset, blocksize, dy.shape[-1], in_features)
+    check_base(op, base, dy, "dy")
+    check_scalars(op, 1.0, dropout_p, rng, dy.device)
+    check_adapters(op, base, dy, lora_A, lora_B, scaling, adapter_index, dy.shape[:-1])
+    count = len(lora_A)
+    need_A, need_B = needs[2 : 2 + count], needs[2 + count :]
+    if (any(need_A) and x is None) or (any(need_B) and h is None):
+        raise ValueError(f"{op}: dA needs x and dB needs h")
+    wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
+    return (
+        base,
+        dy.new_empty((*dy.shape[:-1], in_features)) if needs[0] else None,
+        [a.new_empty(a.shape) if need else None for a, need in zip(lora_A, need_A, strict=True)],
+        [b.new_empty(b.shape) if need else None for b, need in zip(lora_B, need_B, strict=True)],
+        dy.new_empty(dy.shape[-1], dtype=wide) if needs[1] else None,
+    )
+
+
+def _present_lists(dy: Tensor, dx, dA, dB, dbias) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+    head = _present([dx, dbias], dy)
+    return head[0], list(_present(dA, dy)), list(_present(dB, dy)), head[1]
+
+
+def _lora_linear_batched_backward(*args):
+    base, dx, dA, dB, dbias = _lora_linear_batched_backward_outputs(*args)
+    dy, x, h = args[:3]
+    lora_A, lora_B, scaling, adapter_index, dropout_p, rng, _ = args[9:]
+    if dy.device.type == "meta":
+        return _present_lists(dy, dx, dA, dB, dbias)
+    if math.prod(dy.shape[:-1]) == 0:
+        for out in (dx, *dA, *dB, dbias):
+            if out is not None:
+                out.zero_()
+        return _present_lists(dy, dx, dA, dB, dbias)
+    backend_for(dy.device).lora_linear_batched_backward(
+        _rows(dy),
+        None if x is None else _rows(x),
+        h,
+        _contiguous(base),
+        *(lora_A, lora_B, scaling, adapter_index.reshape(-1), dropout_p, rng),
+        *(None if dx is None else dx.view(-1, base.in_features), dA, dB, dbias),
+    )
+    return _present_lists(dy, dx, dA, dB, dbias)
+
+
+_define(
+    f"lora_linear_batched_backward(Tensor dy, Tensor? x, Tensor? h, {_WEIGHT}, SymInt in_features, "
+    "Tensor[] lora_A, Tensor[] lora_B, float[] scaling, Tensor adapter_index, float dropout_p, Tensor? rng, "
+    "bool[] needs) -> (Tensor dx, Tensor[] dA, Tensor[] dB, Tensor dbias)",
+    _lora_linear_batched_backward,
+    lambda *args: _present_lists(args[0], *_lora_linear_batched_backward_outputs(*args)[1:]),
+)
+
+# ---- dora_linear -------------------------------------------------------------------------------------------
+
+
+def _check_magnitude(op: str, base: BaseWeight, like: Tensor, lora_A: Tensor, magnitude: Tensor) -> None:
+    if lora_A is None:
+        raise ValueError(f"{op}: got no lora_A and lora_B; DoRA needs an adapter")
+    check_dtype(op, "magnitude", magnitude, FLOATS)
+    check_shape(op, "magnitude", magnitude, (base.out_features,), "[N]")
+    check_device(op, like.device, magnitude=magnitude)
+
+
+def _dora_linear_outputs(
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor | None,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    blocksize: int,
+    out_features: int,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    dropout_p: float,
+    rng: Tensor | None,
+) -> tuple[BaseWeight, Tensor, Tensor, Tensor]:
+    op = "dora_linear"
+    base = check_x(op, x, weight, absmax, nested_absmax, offset, blocksize, out_features, bias)
+    check_adapter(op, base, x.device, lora_A, lora_B)
+    _check_magnitude(op, base, x, lora_A, magnitude)
+    check_scalars(op, scaling, dropout_p, rng, x.device)
+    y = x.new_empty((*x.shape[:-1], out_features))
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    norm = x.new_empty(out_features, dtype=wide)
+    return base, y, x.new_empty((math.prod(x.shape[:-1]), lora_A.shape[0])), norm
+
+
+def _dora_linear(*args) -> tuple[Tensor, Tensor, Tensor]:
+    base, y, h, norm = _dora_linear_outputs(*args)
+    x, lora_A, lora_B, magnitude, scaling, bias, dropout_p, rng = args[0], *args[7:]
+    if y.device.type != "meta":
+        arguments = (lora_A, lora_B, magnitude, scaling, bias, dropout_p, rng)
+        y2 = y.view(h.shape[0], base.out_features)
+        backend_for(x.device).dora_linear(_rows(x), _contiguous(base), *arguments, y2, h, norm)
+    return y, h, norm
+
+
+_define(
+    f"dora_linear(Tensor x, {_WEIGHT}, SymInt out_features, Tensor lora_A, Tensor lora_B, Tensor magnitude, "
+    "float scaling, Tensor? bias, float dropout_p, Tensor? rng) -> (Tensor y, Tensor h, Tensor norm)",
+    _dora_linear,
+    lambda *args: _dora_linear_outputs(*args)[1:],
+)
+
+
+def _dora_linear_backward_outputs(
+    dy: Tensor,
+    x: Tensor,
+    h: Tensor,
+    norm: Tensor,
+    weight: Tensor,
+    absmax: Tensor | None,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    blocksize: int,
+    in_features: int,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    scaling: float,
+    dropout_p: float,
+    rng: Tensor | None,
+    needs: list[bool],
+) -> tuple[BaseWeight, list[Tensor | None]]:
+    """`needs`: dx, dA, dB, dmagnitude, dbias."""
+    op = "dora_linear_backward"
+    check_dtype(op, "dy", dy, FLOATS)
+    base = BaseWeight(weight, absmax, nested_absmax, offset, blocksize, dy.shape[-1], in_features)
+    check_base(op, base, dy, "dy")
+    check_adapter(op, base, dy.device, lora_A, lora_B)
+    _check_magnitude(op, base, dy, lora_A, magnitude)
+    check_scalars(op, scaling, dropout_p, rng, dy.device)
+    check_shape(op, "x", x, (*dy.shape[:-1], in_features), "[..., K]")
+    check_shape(op, "h", h, (math.prod(dy.shape[:-1]), lora_A.shape[0]), "[T, r]")
+    check_shape(op, "norm", norm, (base.out_features,), "[N]")
+    wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
+    return base, [
+        dy.new_empty((*dy.shape[:-1], in_features)) if needs[0] else None,
+        lora_A.new_empty(lora_A.shape) if needs[1] else None,
+        lora_B.new_empty(lora_B.shape) if needs[2] else None,
+        magnitude.new_empty(magnitude.shape) if needs[3] else None,
+        dy.new_empty(dy.shape[-1], dtype=wide) if needs[4] else None,
+    ]
+
+
+def _dora_linear_backward(*args) -> tuple[Tensor, ...]:
+    base, outputs = _dora_linear_backward_outputs(*args)
+    dy, x, h, norm = args[:4]
+    if dy.device.type == "meta":
+        return _present(outputs, dy)
+    if math.prod(dy.shape[:-1]) == 0:
+        for out in outputs:
+            if out is not None:
+                out.zero_()
+        return _present(outputs, dy)
+    dx = None if outputs[0] is None else outputs[0].view(-1, base.in_features)
+    backend_for(dy.device).dora_linear_backward(
+        _rows(dy), _rows(x), h, norm, _contiguous(base), *args[10:16], dx, *outputs[1:]
+    )
+    return _present(outputs, dy)
+
+
+_define(
+    f"dora_linear_backward(Tensor dy, Tensor x, Tensor h, Tensor norm, {_WEIGHT}, SymInt in_features, "
+    "Tensor lora_A, Tensor lora_B, Tensor magnitude, float scaling, float dropout_p, Tensor? rng, "
+    "bool[] needs) -> (Tensor dx, Tensor dA, Tensor dB, Tensor dmagnitude, Tensor dbias)",
+    _dora_linear_backward,
+    lambda *args: _present(_dora_linear_backward_outputs(*args)[1], args[0]),
 )

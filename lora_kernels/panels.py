@@ -40,7 +40,7 @@ def _spans(length: int, other: int, itemsize: int) -> Iterator[tuple[int, int]]:
         yield start, min(length, start + step)
 
 
-def _row_panels(kernels: Kernels, base: BaseWeight, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+def row_panels(kernels: Kernels, base: BaseWeight, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
     """(n0, n1, W0[n0:n1] in dtype); a panel is valid until the next one is asked for."""
     n, k = base.out_features, base.in_features
     if not base.quantized:
@@ -103,7 +103,7 @@ def lora_linear(
         for t0, t1, dropped in _dropped(kernels, x, dropout_p, rng):
             torch.mm(dropped, a.T, out=h[t0:t1])
     s = scaling / (1 - dropout_p)
-    for n0, n1, panel in _row_panels(kernels, base, x.dtype):
+    for n0, n1, panel in row_panels(kernels, base, x.dtype):
         out = y[:, n0:n1]
         start = None if bias is None else bias[n0:n1].to(x.dtype)
         if lora_A is not None:
@@ -123,7 +123,7 @@ def _add_token_product(total: Tensor, left: Tensor, right: Tensor, scale: float)
         total.addmm_(piece.float().T, other.float(), alpha=scale)
 
 
-def _token_product(out: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+def token_product(out: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
     """out [M, L] = scale · leftᵀ·right of left [T, M] and right [T, L]: an fp32 sum, rounded once."""
     if left.dtype == out.dtype:
         torch.addmm(out, left.T, right, beta=0, alpha=scale, out=out)
@@ -158,10 +158,10 @@ def lora_linear_backward(
     if dbias is not None:
         torch.sum(dy, dim=0, dtype=dbias.dtype, out=dbias)
     if dB is not None:
-        _token_product(dB, dy, h, s)
+        token_product(dB, dy, h, s)
     if dA is not None:
         if dropout_p == 0:
-            _token_product(dA, g, x, 1.0)
+            token_product(dA, g, x, 1.0)
         else:
             total = torch.zeros_like(dA, dtype=torch.float32)
             for t0, t1, dropped in _dropped(kernels, x, dropout_p, rng):

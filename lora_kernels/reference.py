@@ -224,17 +224,51 @@ def lora_linear_batched(
     lora_B: list[Tensor],  # adapter i: [N, r_i]
     scaling: list[float],
     adapter_index: Tensor,  # int64 [T], -1 = base alone
-    bias: Tensor | None = None,
+    bias: Tensor | None = None,  # [N]
+    dropout_p: float = 0.0,
+    rng: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Row t goes through adapter adapter_index[t]; the columns of h [T, max r] beyond r_i are 0."""
-    y = torch.nn.functional.linear(x, weight, bias)
+    y = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
     h = x.new_zeros(x.shape[0], max((a.shape[0] for a in lora_A), default=0))
+    dropped = lora_dropout(x, dropout_p, rng)
     for i, (a, b, s) in enumerate(zip(lora_A, lora_B, scaling, strict=True)):
         rows = (adapter_index == i).nonzero().squeeze(1)
-        part = x[rows] @ a.to(x.dtype).T
+        part = dropped[rows] @ a.to(x.dtype).T
         h[rows, : a.shape[0]] = part
-        y[rows] += s * (part @ b.to(x.dtype).T)
+        y = y.index_add(0, rows, s / (1 - dropout_p) * (part @ b.to(x.dtype).T))
     return y, h
+
+
+def lora_linear_batched_backward(
+    dy: Tensor,  # [T, N]
+    x: Tensor,  # [T, K]
+    h: Tensor,  # [T, max r]
+    weight: Tensor,  # [N, K]
+    lora_A: list[Tensor],
+    lora_B: list[Tensor],
+    scaling: list[float],
+    adapter_index: Tensor,
+    dropout_p: float = 0.0,
+    rng: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+    """dx, dA of every adapter, dB of every adapter, dbias: those of lora_linear on the adapter's rows."""
+    dx, dA, dB = dy @ weight, [], []
+    low, dropped = torch.zeros_like(dx), lora_dropout(x, dropout_p, rng)
+    for i, (a, b, s) in enumerate(zip(lora_A, lora_B, scaling, strict=True)):
+        rows, keep = (adapter_index == i).nonzero().squeeze(1), 1 / (1 - dropout_p)
+        g = s * keep * (dy[rows] @ b.to(dy.dtype))
+        low[rows] = g @ a.to(dy.dtype)
+        dA.append((g.T @ dropped[rows]).to(a.dtype))
+        dB.append((s * keep * (dy[rows].T @ h[rows, : a.shape[0]])).to(b.dtype))
+    return dx + lora_dropout(low, dropout_p, rng), dA, dB, dy.sum(dim=0)
+
+
+def dora_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:  # [N]
+    """‖W0 + s·B·A‖₂ of every row, in float32 at least."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    delta = scaling * (lora_B.to(wide) @ lora_A.to(wide))
+    return (weight.to(wide) + delta).norm(dim=1)
 
 
 def dora_linear(
@@ -254,13 +288,38 @@ def dora_linear(
     what is dropped is the input of the change to the base output: y = W0·x + (c-1)·W0·x' + c·s·B·A·x' + bias,
     where x' = m⊙x/(1-p).
     """
-    norm = (weight + scaling * (lora_B @ lora_A).to(weight.dtype)).detach().norm(dim=1)
-    c = magnitude / norm
+    norm = dora_norm(weight, lora_A, lora_B, scaling).detach()
+    c = (magnitude.to(norm.dtype) / norm).to(x.dtype)
     dropped = lora_dropout(x, dropout_p, rng)
-    h = dropped @ lora_A.T
+    h = dropped @ lora_A.to(x.dtype).T
     keep = 1 / (1 - dropout_p)
-    y = x @ weight.T + keep * ((c - 1) * (dropped @ weight.T) + c * scaling * (h @ lora_B.T))
-    return (y if bias is None else y + bias), h, norm
+    y = x @ weight.T + keep * ((c - 1) * (dropped @ weight.T) + c * (scaling * (h @ lora_B.to(x.dtype).T)))
+    return (y if bias is None else y + bias.to(y.dtype)), h, norm
+
+
+def dora_linear_backward(
+    dy: Tensor,  # [T, N]
+    x: Tensor,  # [T, K]
+    h: Tensor,  # [T, r]
+    norm: Tensor,  # [N]
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    rng: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dx, dA, dB, dmagnitude, dbias; with u = W0·x' + s·B·A·x', dmagnitude = Σ_t dy·u / norm."""
+    keep, T = 1 / (1 - dropout_p), dy.dtype
+    c = (magnitude.to(norm.dtype) / norm).to(T)
+    dropped = lora_dropout(x, dropout_p, rng)
+    g = keep * scaling * ((c * dy) @ lora_B.to(T))
+    dx = dy @ weight + lora_dropout(keep * (((c - 1) * dy) @ weight) + g @ lora_A.to(T), dropout_p, rng)
+    u = dropped @ weight.T + scaling * (h @ lora_B.to(T).T)
+    dmagnitude = (keep * (dy * u).sum(dim=0) / norm.to(T)).to(magnitude.dtype)
+    dA, dB = (g.T @ dropped).to(lora_A.dtype), (keep * scaling * ((c * dy).T @ h)).to(lora_B.dtype)
+    return dx, dA, dB, dmagnitude, dy.sum(dim=0)
 
 
 # ---- AdamW (Loshchilov & Hutter 2019, algorithm 2) ---------------------------------------------------------

@@ -126,7 +126,7 @@ MUTATIONS = [
         "kernels.lora_dropout(chunk, p, rng, 0, out)",
         T_LORA,
     ),
-    Mutation("dB sign", PANELS, "_token_product(dB, dy, h, s)", "_token_product(dB, dy, h, -s)", T_LORA),
+    Mutation("dB sign", PANELS, "token_product(dB, dy, h, s)", "token_product(dB, dy, h, -s)", T_LORA),
     Mutation(
         "dA in bf16",
         PANELS,

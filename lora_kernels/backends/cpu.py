@@ -1,16 +1,28 @@
 """The CPU backend: C++ kernels, and panels around torch's GEMM where that is faster or the only way."""
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lora_kernels import panels
+from lora_kernels import composed, panels
 from lora_kernels.backends import native
 from lora_kernels.backends.native import _C, cpu_isa, lora_dropout, nf4_dequantize, nf4_quantize
 from lora_kernels.base_weight import BaseWeight
 
-__all__ = ["explain", "lora_dropout", "lora_linear", "lora_linear_backward", "nf4_dequantize", "nf4_quantize"]
+__all__ = [
+    "dora_linear",
+    "dora_linear_backward",
+    "explain",
+    "lora_dropout",
+    "lora_linear",
+    "lora_linear_backward",
+    "lora_linear_batched",
+    "lora_linear_batched_backward",
+    "nf4_dequantize",
+    "nf4_quantize",
+]
 
 _kernels = panels.Kernels(nf4_dequantize=nf4_dequantize, lora_dropout=lora_dropout)
 
@@ -93,6 +105,13 @@ def lora_linear_backward(
         native.lora_linear_backward(*arguments)
     else:
         panels.lora_linear_backward(_kernels, *arguments)
+
+
+_composed = composed.Kernels(lora_linear, lora_linear_backward, _kernels)
+lora_linear_batched = functools.partial(composed.lora_linear_batched, _composed)
+lora_linear_batched_backward = functools.partial(composed.lora_linear_batched_backward, _composed)
+dora_linear = functools.partial(composed.dora_linear, _composed)
+dora_linear_backward = functools.partial(composed.dora_linear_backward, _composed)
 
 
 _FUSED = {

@@ -16,6 +16,12 @@ def _dense(base: BaseWeight, dtype: torch.dtype) -> Tensor:
     )
 
 
+def _copy(outputs: tuple[Tensor | None, ...], results: tuple[Tensor | None, ...]) -> None:
+    for out, result in zip(outputs, results, strict=True):
+        if out is not None:
+            out.copy_(result)
+
+
 def nf4_quantize(
     weight: Tensor,
     blocksize: int,
@@ -90,9 +96,89 @@ def lora_linear_backward(
         dropout_p,
         rng,
     )
-    for out, result in zip((dx, dA, dB, dbias), results, strict=True):
-        if out is not None:
-            out.copy_(result)
+    _copy((dx, dA, dB, dbias), results)
+
+
+def lora_linear_batched(
+    x: Tensor,
+    base: BaseWeight,
+    lora_A: list[Tensor],
+    lora_B: list[Tensor],
+    scaling: list[float],
+    adapter_index: Tensor,
+    bias: Tensor | None,
+    dropout_p: float,
+    rng: Tensor | None,
+    y: Tensor,
+    h: Tensor,
+) -> None:
+    arguments = (lora_A, lora_B, scaling, adapter_index, bias, dropout_p, rng)
+    _copy((y, h), reference.lora_linear_batched(x, _dense(base, x.dtype), *arguments))
+
+
+def lora_linear_batched_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    h: Tensor | None,
+    base: BaseWeight,
+    lora_A: list[Tensor],
+    lora_B: list[Tensor],
+    scaling: list[float],
+    adapter_index: Tensor,
+    dropout_p: float,
+    rng: Tensor | None,
+    dx: Tensor | None,
+    dA: list[Tensor | None],
+    dB: list[Tensor | None],
+    dbias: Tensor | None,
+) -> None:
+    rank = max((a.shape[0] for a in lora_A), default=0)
+    x = dy.new_zeros(dy.shape[0], base.in_features) if x is None else x
+    h = dy.new_zeros(dy.shape[0], rank) if h is None else h
+    arguments = (lora_A, lora_B, scaling, adapter_index, dropout_p, rng)
+    results = reference.lora_linear_batched_backward(dy, x, h, _dense(base, dy.dtype), *arguments)
+    _copy((dx, *dA, *dB, dbias), (results[0], *results[1], *results[2], results[3]))
+
+
+def dora_linear(
+    x: Tensor,
+    base: BaseWeight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    dropout_p: float,
+    rng: Tensor | None,
+    y: Tensor,
+    h: Tensor,
+    norm: Tensor,
+) -> None:
+    arguments = (lora_A, lora_B, magnitude, scaling, bias, dropout_p, rng)
+    _copy((y, h, norm), reference.dora_linear(x, _dense(base, x.dtype), *arguments))
+
+
+def dora_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    h: Tensor,
+    norm: Tensor,
+    base: BaseWeight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    scaling: float,
+    dropout_p: float,
+    rng: Tensor | None,
+    dx: Tensor | None,
+    dA: Tensor | None,
+    dB: Tensor | None,
+    dmagnitude: Tensor | None,
+    dbias: Tensor | None,
+) -> None:
+    arguments = (lora_A, lora_B, magnitude, scaling, dropout_p, rng)
+    results = reference.dora_linear_backward(dy, x, h, norm, _dense(base, dy.dtype), *arguments)
+    _copy((dx, dA, dB, dmagnitude, dbias), results)
 
 
 def explain(base: BaseWeight, tokens: int, dtype: torch.dtype) -> list[str]:

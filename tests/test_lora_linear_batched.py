@@ -1,0 +1,194 @@
+"""lora_linear_batched: every row its own adapter, forward and gradients, on every backend."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numerics import INPUT_KINDS, LIMIT, assert_accurate, make_input, relative_error
+from variants import VARIANTS, variant
+
+import lora_kernels as lk
+from lora_kernels import reference
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+RANKS = (4, 16, 7)
+SCALES = (0.5, 1.5, -1.0)
+
+
+class Case:
+    def __init__(self, t, n, k, dtype, kind="normal", p=0.0, nf4=True, adapter_dtype=None, index=None):
+        self.x, self.dy = make_input(kind, t, k, dtype=dtype), torch.randn(t, n).to(dtype)
+        dense = (torch.randn(n, k) * k**-0.5).to(dtype)
+        self.weight = lk.nf4_quantize(dense) if nf4 else dense
+        adapter_dtype = adapter_dtype or dtype
+        self.A = [(torch.randn(r, k) * k**-0.5).to(adapter_dtype) for r in RANKS]
+        self.B = [(torch.randn(n, r) * 0.25 * r**-0.5).to(adapter_dtype) for r in RANKS]
+        self.index = torch.randint(-1, len(RANKS), (t,)) if index is None else index
+        self.bias = torch.randn(n).to(dtype)
+        self.p, self.rng = p, torch.randint(0, 2**63 - 1, (2,)) if p else None
+
+    def dense(self, dtype):
+        w = self.weight
+        if isinstance(w, lk.NF4Weight):
+            return reference.nf4_dequantize(*w.base_weight()[:4], tuple(w.shape), w.blocksize, dtype)
+        return w.to(dtype)
+
+    def computed(self):
+        """y, dx, dbias, and dA and dB of every adapter."""
+        x, bias, *adapters = (v.clone().requires_grad_() for v in (self.x, self.bias, *self.A, *self.B))
+        count = len(self.A)
+        options = {"bias": bias, "dropout_p": self.p, "rng": self.rng}
+        y = lk.lora_linear_batched(
+            x, self.weight, adapters[:count], adapters[count:], SCALES[:count], self.index, **options
+        )
+        y.backward(self.dy)
+        return [y.detach(), x.grad, bias.grad, *(a.grad for a in adapters)]
+
+    def expected(self, dtype):
+        cast = (lambda v: v.double()) if dtype == torch.float64 else (lambda v: v)
+        x, dy, bias = cast(self.x), cast(self.dy), cast(self.bias)
+        A, B = [cast(a) for a in self.A], [cast(b) for b in self.B]
+        weight, scales = self.dense(dtype), list(SCALES[: len(A)])
+        y, h = reference.lora_linear_batched(x, weight, A, B, scales, self.index, bias, self.p, self.rng)
+        arguments = (dy, x, h, weight, A, B, scales, self.index, self.p, self.rng)
+        dx, dA, dB, dbias = reference.lora_linear_batched_backward(*arguments)
+        return [y, dx, dbias, *dA, *dB]
+
+
+@pytest.mark.parametrize("kind", INPUT_KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_forward_and_gradients_are_as_accurate_as_eager(kind, dtype, p, kernels):
+    draws = 8 if kind == "outlier channel" else 2  # there dA is made of r values an adapter that matter
+    cases = [Case(200, 96, 128, dtype, kind, p) for _ in range(draws)]
+    versions = [(c.computed(), c.expected(dtype), c.expected(torch.float64)) for c in cases]
+    for i in range(len(versions[0][0])):
+        out, eager, truth = (torch.cat([version[j][i] for version in versions]) for j in range(3))
+        # Beside y and dx: sums over a quarter of the rows of few values, which tell no ratio of errors.
+        assert_accurate(f"output {i}", out, eager if i < 2 else None, truth, dtype)
+
+
+@pytest.mark.parametrize("nf4", [False, True])
+def test_float32_adapters_on_a_16_bit_base(nf4, kernels):
+    case = Case(40, 96, 128, torch.bfloat16, nf4=nf4, adapter_dtype=torch.float32)
+    for out, truth in zip(case.computed(), case.expected(torch.float64), strict=True):
+        assert relative_error(out, truth) <= 2 * LIMIT[torch.bfloat16]
+    assert case.computed()[3].dtype == torch.float32
+
+
+def test_equals_lora_linear_where_all_rows_take_one_adapter(backend):
+    case = Case(33, 64, 96, torch.float32, index=torch.full((33,), 1))
+    alone = lk.lora_linear(
+        case.x, case.weight, case.A[1], case.B[1], scaling=SCALES[1], bias=case.bias, dropout_p=0
+    )
+    outs = case.computed()
+    assert relative_error(outs[0], alone.double()) < 1e-6
+    for i in (0, 2):  # adapters that no row takes
+        assert not outs[3 + i].any() and not outs[6 + i].any()
+
+
+def test_base_alone_and_no_adapters(backend):
+    case = Case(7, 30, 64, torch.float32, index=torch.full((7,), -1))
+    base = lk.lora_linear(case.x, case.weight, bias=case.bias)
+    assert torch.equal(case.computed()[0], base)
+    none = lk.lora_linear_batched(case.x, case.weight, [], [], [], case.index, bias=case.bias)
+    assert torch.equal(none, base)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    leading=st.lists(st.integers(0, 4), max_size=3),
+    n=st.integers(1, 40),
+    k=st.integers(1, 130),
+    p=st.sampled_from((0.0, 0.3)),
+    name=st.sampled_from(VARIANTS),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_any_shape_and_index(leading, n, k, p, name, seed):
+    torch.manual_seed(seed)
+    t = torch.Size(leading).numel()
+    case = Case(t, n, k, torch.float32, p=p)
+    case.x, case.dy = case.x.reshape(*leading, k), case.dy.reshape(*leading, n)
+    case.index = case.index.reshape(leading)
+    with variant(name):
+        outs = case.computed()
+    assert outs[0].shape == (*leading, n) and outs[1].shape == case.x.shape
+    case.x, case.dy, case.index = case.x.reshape(t, k), case.dy.reshape(t, n), case.index.reshape(t)
+    for out, truth in zip(outs, case.expected(torch.float64), strict=True):
+        torch.testing.assert_close(out.reshape(truth.shape).double(), truth, rtol=1e-4, atol=1e-4)
+
+
+def test_only_what_is_asked_for_is_computed(backend):
+    case = Case(12, 20, 64, torch.float32, index=torch.arange(12) % 4 - 1)
+    A = [case.A[0].clone().requires_grad_(), *case.A[1:]]
+    y = lk.lora_linear_batched(case.x, case.weight, A, case.B, SCALES, case.index)
+    y.backward(case.dy)
+    truth = case.expected(torch.float64)[3]
+    assert relative_error(A[0].grad, truth) < 1e-5
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        x = case.x.clone().requires_grad_()
+        y = lk.lora_linear_batched(x, case.weight, A, case.B, SCALES, case.index)
+        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        dx.sum().backward()
+
+
+def test_gradcheck_of_the_specification():
+    index = torch.tensor([1, -1, 0, 1])
+    x, A0, A1, B0, B1 = (
+        torch.randn(*s, dtype=torch.float64) for s in ((4, 6), (2, 6), (3, 6), (5, 2), (5, 3))
+    )
+    weight, dy = torch.randn(5, 6, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
+    rng = torch.tensor([3, 4])
+    leaves = [v.requires_grad_() for v in (x, A0, A1, B0, B1)]
+    y, h = reference.lora_linear_batched(x, weight, [A0, A1], [B0, B1], [0.5, 2.0], index, None, 0.3, rng)
+    wanted = torch.autograd.grad(y, leaves, dy)
+    dx, dA, dB, dbias = reference.lora_linear_batched_backward(
+        dy, x, h, weight, [A0, A1], [B0, B1], [0.5, 2.0], index, 0.3, rng
+    )
+    for got, want in zip((dx, *dA, *dB), wanted, strict=True):
+        torch.testing.assert_close(got, want)
+    torch.testing.assert_close(dbias, dy.sum(0))
+
+
+def test_op_is_registered_properly():
+    case = Case(5, 12, 64, torch.float32)
+    w = case.weight
+    parts = (w.packed, w.absmax, w.nested_absmax, w.offset, w.blocksize)
+    leaves = [v.clone().requires_grad_() for v in case.A]
+    arguments = (case.x, *parts, 12, leaves, case.B, list(SCALES), case.index, case.bias, 0.0, None)
+    torch.library.opcheck(torch.ops.lora_kernels.lora_linear_batched.default, arguments)
+
+
+def test_compiles_without_a_graph_break():
+    case = Case(6, 16, 64, torch.float32)
+    A = [a.clone().requires_grad_() for a in case.A]
+
+    def run(x):
+        return lk.lora_linear_batched(x, case.weight, A, case.B, SCALES, case.index).sin()
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(case.x), run(case.x))
+    for a, b in zip(
+        torch.autograd.grad(compiled(case.x).sum(), A), torch.autograd.grad(run(case.x).sum(), A), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_bad_arguments_are_named(backend):
+    case = Case(4, 8, 64, torch.float32)
+    good = {"lora_A": case.A, "lora_B": case.B, "scaling": SCALES, "adapter_index": case.index}
+
+    def call(**changes):
+        return lk.lora_linear_batched(case.x, case.weight, **(good | changes))
+
+    for changes, error, message in (
+        ({"adapter_index": torch.tensor([0, 1, 3, 0])}, ValueError, "adapter_index holds 3, expected -1"),
+        ({"adapter_index": torch.tensor([0, 1, -2, 0])}, ValueError, "adapter_index holds -2"),
+        ({"adapter_index": case.index.int()}, TypeError, "adapter_index has dtype torch.int32"),
+        ({"adapter_index": case.index[:2]}, ValueError, r"adapter_index has shape \(2,\)"),
+        ({"scaling": SCALES[:2]}, ValueError, "3, 3 and 2 entries"),
+        ({"scaling": (1.0, float("nan"), 1.0)}, ValueError, r"scaling\[1\] is nan"),
+        ({"lora_A": [case.A[0], case.A[1].T, case.A[2]]}, ValueError, "adapter 1: lora_A has shape"),
+    ):
+        with pytest.raises(error, match=message):
+            call(**changes)
