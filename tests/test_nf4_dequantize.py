@@ -4,11 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from variants import VARIANTS, module, variant
+from variants import KERNELS, VARIANTS, module, variant
 
 import lora_kernels as lk
 from lora_kernels import reference
-from lora_kernels.backends import use_backend
 from lora_kernels.base_weight import BaseWeight
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -37,8 +36,20 @@ def random_weight(n: int, k: int, blocksize: int, double_quant: bool) -> lk.NF4W
 def test_every_shape_is_bit_exact(n, k, blocksize, double_quant, dtype):
     weight = random_weight(n, k, blocksize, double_quant)
     wanted = reference.nf4_dequantize(*weight.base_weight()[:4], (n, k), blocksize, dtype)
-    with use_backend("cpu"):
-        assert torch.equal(weight.dequantize(dtype), wanted)
+    for name in KERNELS:
+        with variant(name):
+            assert torch.equal(weight.dequantize(dtype), wanted), name
+
+
+def test_scales_of_many_second_level_blocks_are_bit_exact(kernels):
+    """Rows that start and end inside second-level blocks, with every remainder of the vector widths."""
+    for k in (257, 8191, 33333):
+        weight = random_weight(9, k, 32, True)
+        wanted = reference.nf4_dequantize(*weight.base_weight()[:4], (9, k), 32, torch.float32)
+        for cols in (k, k - 33, k // 3, 70):
+            out = torch.full((9, cols), float("nan"))
+            module().nf4_dequantize(weight.base_weight(), 0, k - cols, out)
+            assert torch.equal(out, wanted[:, k - cols :])
 
 
 @settings(max_examples=60, deadline=None)

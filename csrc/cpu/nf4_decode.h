@@ -1,5 +1,11 @@
-// Scales of an NF4 weight, for every CPU kernel that decodes one.
+// The scales of an NF4 weight, one at a time and many at a time:
+//
+//   scale[b] = dynamic_map[q[b]] * nested_absmax[b / 256] + offset      (two roundings; nf4.h)
+//
+// or absmax[b] as it is, where the scales are not quantised themselves.
 #pragma once
+#include <cstdint>
+
 #include "../api.h"
 #include "../nf4.h"
 #include "isa.h"
@@ -13,7 +19,8 @@ LK_INLINE float block_scale(const lk_nf4_weight& w, int64_t block) {
   return scaled + *w.offset;  // compiled without contraction: two roundings, as the format says
 }
 
-// The fp32 scales of blocks [first_block, first_block + count).
+// out[i] = block_scale(w, first_block + i), i < count: the same bits. Made for a row's scales at a time:
+// each call chooses the instruction set anew.
 void decode_scales(const lk_nf4_weight& w, int64_t first_block, int64_t count, float* out);
 
 }  // namespace lk::cpu
