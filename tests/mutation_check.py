@@ -25,9 +25,24 @@ class Mutation(NamedTuple):
     tests: str  # pytest arguments: the tests that should fail
 
 
-QUANTIZE, DEQUANTIZE, DROPOUT = (
-    f"csrc/cpu/{op}.cpp" for op in ("nf4_quantize", "nf4_dequantize", "lora_dropout")
+QUANTIZE, ABSMAX, DEQUANTIZE, DECODE, DROPOUT, GEMM, KERNELS, AVX512, FEW, FORWARD, BACKWARD = (
+    f"csrc/cpu/{name}"
+    for name in (
+        "nf4_quantize.cpp",
+        "nf4_quantize_absmax.cpp",
+        "nf4_dequantize.cpp",
+        "nf4_decode.cpp",
+        "lora_dropout.cpp",
+        "gemm.cpp",
+        "gemm_kernels.h",
+        "gemm_avx512.cpp",
+        "few_tokens.cpp",
+        "lora_linear.cpp",
+        "lora_linear_backward.cpp",
+    )
 )
+COMPOSED = "lora_kernels/composed.py"
+T_BATCHED, T_DORA = "tests/test_lora_linear_batched.py", "tests/test_dora_linear.py"
 PANELS, FUNCTIONAL, LINEAR = (f"lora_kernels/{name}.py" for name in ("panels", "functional", "linear"))
 T_QUANTIZE, T_DEQUANTIZE, T_DROPOUT = (
     f"tests/test_{op}.py" for op in ("nf4_quantize", "nf4_dequantize", "lora_dropout")
@@ -39,32 +54,88 @@ T_LORA, T_FUNCTIONAL, T_LINEAR = (
 )
 
 MUTATIONS = [
-    Mutation("a tie goes up", QUANTIZE, "scaled[i] > mid", "scaled[i] >= mid", T_QUANTIZE),
+    # nf4_quantize
+    Mutation(
+        "a tie goes up", QUANTIZE, "(s > kBins.midpoint[bin])", "(s >= kBins.midpoint[bin])", T_QUANTIZE
+    ),
     Mutation(
         "a short block multiplies",
         QUANTIZE,
-        "scaled[i] / divisor",
-        "scaled[i] * (1.0f / divisor)",
+        "to_float(w[i]) / divisor",
+        "to_float(w[i]) * inverse",
         T_QUANTIZE,
     ),
     Mutation(
         "nibbles swapped",
         QUANTIZE,
-        "codes[2 * i] << 4 | codes[2 * i + 1]",
-        "codes[2 * i + 1] << 4 | codes[2 * i]",
+        "code(2 * i) << 4 | code(2 * i + 1)",
+        "code(2 * i + 1) << 4 | code(2 * i)",
         T_QUANTIZE,
     ),
-    Mutation("infinities pass", QUANTIZE, "most >= 0x7f800000u", "most > 0x7f800000u", T_QUANTIZE),
-    Mutation("a scale tie goes up", QUANTIZE, "v > mid * nested", "v >= mid * nested", T_QUANTIZE),
-    Mutation("mean in float", QUANTIZE, "double sum = 0;", "float sum = 0;", T_QUANTIZE),
-    Mutation("midpoint in float", QUANTIZE, "const double mid =", "const float mid =", T_QUANTIZE),
+    Mutation(
+        "infinities pass",
+        QUANTIZE,
+        "constexpr uint32_t kInfinity = 0x7f800000u",
+        "constexpr uint32_t kInfinity = 0x7f800001u",
+        T_QUANTIZE,
+    ),
     Mutation("unclamped short block", QUANTIZE, "full ? largest : divisor", "largest", T_QUANTIZE),
     Mutation(
+        "avx512 codes of a tie",
+        QUANTIZE,
+        "_mm512_permutex2var_ps(midpoint[0], bin, midpoint[1]), _CMP_GT_OQ",
+        "_mm512_permutex2var_ps(midpoint[0], bin, midpoint[1]), _CMP_GE_OQ",
+        T_QUANTIZE,
+    ),
+    Mutation(
+        "avx2 second step",
+        QUANTIZE,
+        "_mm256_set1_ps(mid[3]), _mm256_set1_ps(mid[11])",
+        "_mm256_set1_ps(mid[3]), _mm256_set1_ps(mid[10])",
+        T_QUANTIZE,
+    ),
+    Mutation(
+        "a scale tie goes up",
+        ABSMAX,
+        "v > kBins.midpoint[below[b]] * unit",
+        "v >= kBins.midpoint[below[b]] * unit",
+        T_QUANTIZE,
+    ),
+    Mutation(
+        "mean in float",
+        ABSMAX,
+        "for (; i < n; ++i) sum += x[i];",
+        "for (; i < n; ++i) sum = static_cast<float>(sum) + x[i];",
+        T_QUANTIZE,
+    ),
+    Mutation(
+        "scale codes' unit in float",
+        ABSMAX,
+        "const double unit = nested;",
+        "const double unit = nested * 1.0000002f;",
+        T_QUANTIZE,
+    ),
+    # nf4_dequantize
+    Mutation(
         "fused scale",
-        DEQUANTIZE,
-        "return scaled + *w.offset;",
-        "return __builtin_fmaf(nf4::kDynamicMap[static_cast<const uint8_t*>(w.absmax)[block]], "
-        "w.nested_absmax[block / nf4::kNestedBlock], *w.offset);",
+        DECODE,
+        "nf4::kDynamicMap[codes[i]] * nested + offset",
+        "__builtin_fmaf(nf4::kDynamicMap[codes[i]], nested, offset)",
+        T_DEQUANTIZE,
+    ),
+    Mutation(
+        "fused scale of avx512",
+        DECODE,
+        "_mm512_add_ps(_mm512_mul_ps(entry, factor), shift)",
+        "_mm512_fmadd_ps(entry, factor, shift)",
+        T_DEQUANTIZE,
+    ),
+    Mutation("avx2 scales' tail", DECODE, "i + 8 <= count", "i + 8 < count + 8", T_DEQUANTIZE),
+    Mutation(
+        "nested block off by one",
+        DECODE,
+        "const int64_t nested = block / nf4::kNestedBlock;",
+        "const int64_t nested = (first_block + count - 1) / nf4::kNestedBlock;",
         T_DEQUANTIZE,
     ),
     Mutation(
@@ -75,32 +146,38 @@ MUTATIONS = [
         T_DEQUANTIZE,
     ),
     Mutation(
-        "nested block off by one",
-        DEQUANTIZE,
-        "block / nf4::kNestedBlock]",
-        "(block + 1) / nf4::kNestedBlock]",
-        T_DEQUANTIZE,
-    ),
-    Mutation(
         "32-bit index",
         DEQUANTIZE,
-        "const int64_t block = first / w.blocksize;",
-        "const int64_t block = static_cast<int32_t>(first) / w.blocksize;",
+        "const int64_t block = first >> shift;",
+        "const int64_t block = static_cast<int32_t>(first) >> shift;",
         T_DEQUANTIZE,
-    ),
-    Mutation(
-        "row stride ignored",
-        DEQUANTIZE,
-        "lookup_portable<T>);",
-        "lookup_portable<T>); (void)stride; out -= stride - r.cols;",
-        "tests/test_ops.py -k portable",
     ),
     Mutation(
         "avx512 table halves", DEQUANTIZE, "_mm512_srli_epi32(byte, 4), low)", "byte, low)", T_DEQUANTIZE
     ),
+    Mutation(
+        "avx512 bf16 rounds half up",
+        DEQUANTIZE,
+        "_mm512_and_si512(high, _mm512_set1_epi32(1))",
+        "_mm512_set1_epi32(1)",
+        T_DEQUANTIZE,
+    ),
+    Mutation(
+        "avx2 high half of fp32",
+        DEQUANTIZE,
+        "_mm256_slli_epi32(index[half], 28)",
+        "_mm256_slli_epi32(index[half], 29)",
+        T_DEQUANTIZE,
+    ),
+    Mutation(
+        "streams to any place", DEQUANTIZE, "reinterpret_cast<uintptr_t>(out) % 64 == 0", "true", T_DEQUANTIZE
+    ),
     Mutation("bf16 rounds half up", "csrc/cpu/half.h", "0x7fffu + ((u >> 16) & 1u)", "0x8000u", T_DEQUANTIZE),
-    Mutation("nine philox rounds", "csrc/philox.h", "round < 10", "round < 9", T_DROPOUT),
-    Mutation("threshold off", DROPOUT, ">= threshold", "> threshold / 2 * 2 + 4096", T_DROPOUT),
+    # lora_dropout
+    Mutation("nine philox rounds", "csrc/philox.h", "kPhiloxRounds = 10", "kPhiloxRounds = 9", T_DROPOUT),
+    Mutation(
+        "threshold off", DROPOUT, "[e / 4] >= threshold", "[e / 4] > threshold / 2 * 2 + 4096", T_DROPOUT
+    ),
     Mutation(
         "offset ignored",
         DROPOUT,
@@ -108,6 +185,200 @@ MUTATIONS = [
         "static_cast<uint64_t>(counter + c), offset * 0, seed",
         T_DROPOUT,
     ),
+    Mutation(
+        "avx512 words in another order",
+        DROPOUT,
+        "_mm512_cmpge_epu32_mask(c2, threshold)",
+        "_mm512_cmpge_epu32_mask(c3, threshold)",
+        T_DROPOUT,
+    ),
+    Mutation(
+        "avx512 head of a run",
+        DROPOUT,
+        "offset, seed, limit) >> skip",
+        "offset, seed, limit) >> 0 * skip",
+        T_DROPOUT,
+    ),
+    Mutation(
+        "avx512 high product",
+        DROPOUT,
+        "_mm512_srli_epi64(even, 32), odd)",
+        "_mm512_srli_epi64(even, 31), odd)",
+        T_DROPOUT,
+    ),
+    # lora_linear and its backward
+    Mutation(
+        "a chunk too few", GEMM, "c < term.inner; c += kChunk", "c < term.inner - kChunk; c += kChunk", T_LORA
+    ),
+    Mutation(
+        "terms overwrite", GEMM, "          first = false;", "          first = i + 1 < term_count;", T_LORA
+    ),
+    Mutation(
+        "tiles of the wrong place",
+        GEMM,
+        "term.left + (row + t) * term.inner + c * height",
+        "term.left + (row + t) * term.inner + c * tile",
+        T_LORA,
+    ),
+    Mutation("last panel", GEMM, "ceil_div(outputs, span);", "std::max<int64_t>(1, outputs / span);", T_LORA),
+    Mutation(
+        "dropout of another row",
+        GEMM,
+        "dropout.first + (row + t) * inner + c",
+        "dropout.first + t * inner + c",
+        T_LORA,
+    ),
+    Mutation(
+        "short sums are lost",
+        KERNELS,
+        "const bool fresh = first && c == 0;",
+        "const bool fresh = first;",
+        T_LORA,
+    ),
+    Mutation("no bias", KERNELS, "* out.scale + bias[m]", "* out.scale", T_LORA),
+    Mutation(
+        "does not accumulate",
+        KERNELS,
+        "value[m] += to_float(to[m])",
+        "value[m] += 0 * to_float(to[m])",
+        T_LORA,
+    ),
+    Mutation("avx512 nibbles", AVX512, "j % 2 == 0 ? 4 * j + 4 : 4 * j - 4", "4 * j", T_LORA),
+    Mutation(
+        "avx512 scales of the wrong block",
+        AVX512,
+        "scales + ((inner + 8 * d) >> shift)",
+        "scales + (inner >> shift)",
+        T_LORA,
+    ),
+    Mutation(
+        "avx512 strided scales",
+        AVX512,
+        "_mm512_srli_epi32(in_nested, 8)",
+        "_mm512_srli_epi32(offsets, 8)",
+        T_LORA,
+    ),
+    Mutation(
+        "avx512 columns' halves",
+        AVX512,
+        "_mm512_set1_epi8(8));\n  const __m512i nibble",
+        "_mm512_set1_epi8(0));\n  const __m512i nibble",
+        T_LORA,
+    ),
+    Mutation(
+        "avx512 transposition",
+        AVX512,
+        "r[j + 8] = _mm512_castsi512_ps(_mm512_shuffle_i32x4(p, s, 0xdd));",
+        "r[j + 8] = _mm512_castsi512_ps(_mm512_shuffle_i32x4(q, s, 0xdd));",
+        T_LORA,
+    ),
+    Mutation(
+        "few tokens, block of 64",
+        FEW,
+        "_mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1)",
+        "_mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1)",
+        T_LORA,
+    ),
+    Mutation("few tokens, planes", FEW, "x[line + 8 * lane + j]", "x[line + 8 * lane + (j ^ 1)]", T_LORA),
+    Mutation(
+        "few tokens, last rows of W0",
+        FEW,
+        "i < rows ? dy[t * n + row + i] : 0.0f",
+        "dy[t * n + row + real]",
+        T_LORA,
+    ),
+    Mutation("few tokens, odd last row", FEW, "i < kPair && n + i < end", "i < kPair && n + 1 < end", T_LORA),
+    Mutation(
+        "few tokens, mask of dx",
+        FEW,
+        "dropout.first + t * dx.stride + first",
+        "dropout.first + first",
+        T_LORA,
+    ),
+    Mutation(
+        "h is scaled twice",
+        FORWARD,
+        "pack(x_block, rows, k, 1, {adapter",
+        "pack(x_block, rows, k, scale, {adapter",
+        T_LORA,
+    ),
+    Mutation(
+        "the base sees the dropped x",
+        FORWARD,
+        "if (r == 0 || adapter->dropout_p > 0) pack",
+        "if (r == 0) pack",
+        T_LORA,
+    ),
+    Mutation("mask of a later block", FORWARD, "adapter->rng, t * k}", "adapter->rng, 0}", T_LORA),
+    Mutation(
+        "dA of the last block only",
+        BACKWARD,
+        "Output out{dA_sums, LK_F32, k};\n      out.accumulate = t > 0;",
+        "Output out{dA_sums, LK_F32, k};\n      out.accumulate = false;",
+        T_LORA,
+    ),
+    Mutation(
+        "dB unscaled",
+        BACKWARD,
+        "pack_transposed(rows_of(dense(*h, tokens, r), t, rows), r, rows, scale, h_transposed)",
+        "pack_transposed(rows_of(dense(*h, tokens, r), t, rows), r, rows, 1, h_transposed)",
+        T_LORA,
+    ),
+    Mutation(
+        "dx without its mask",
+        BACKWARD,
+        "drop_rows({dx, dy->dtype, k, nullptr, rows, k}, *adapter, t * k, dx);",
+        "",
+        T_LORA,
+    ),
+    # lora_linear_batched, dora_linear
+    Mutation(
+        "rows of the next adapter", COMPOSED, "order.split(counts)[1:]", "order.split(counts)[:-1]", T_BATCHED
+    ),
+    Mutation(
+        "batched scaling",
+        COMPOSED,
+        "b.to(x.dtype).T, alpha=s / (1 - dropout_p)",
+        "b.to(x.dtype).T, alpha=s",
+        T_BATCHED,
+    ),
+    Mutation(
+        "batched dA of all rows' x",
+        COMPOSED,
+        "token_product(dA_i, g, dropped[rows], 1.0)",
+        "token_product(dA_i, g, dropped[: len(rows)], 1.0)",
+        T_BATCHED,
+    ),
+    Mutation(
+        "batched mask",
+        COMPOSED,
+        "kernels.panels.lora_dropout(low, dropout_p, rng, 0, low)\n        dx.add_(low)",
+        "dx.add_(low)",
+        T_BATCHED,
+    ),
+    Mutation("h is not cleared", COMPOSED, "    h.zero_()\n", "", T_BATCHED),
+    Mutation("norm without the cross term", COMPOSED, "+ 2 * s * cross", "+ s * cross", T_DORA),
+    Mutation(
+        "norm of one panel", COMPOSED, "norm[first:last] = square", "norm[: last - first] = square", T_DORA
+    ),
+    Mutation(
+        "dora bias scaled", COMPOSED, "            y.add_(bias)\n", "            y.add_(bias * c)\n", T_DORA
+    ),
+    Mutation(
+        "dora mask of dx",
+        COMPOSED,
+        "kernels.panels.lora_dropout(dx, dropout_p, rng, 0, dx)\n",
+        "pass\n",
+        T_DORA,
+    ),
+    Mutation(
+        "dora magnitude unscaled",
+        COMPOSED,
+        "dmagnitude.copy_(keep * total / norm)",
+        "dmagnitude.copy_(total / norm)",
+        T_DORA,
+    ),
+    # the panel loops
     Mutation("no alpha", PANELS, "beta=beta, alpha=s, out=out", "beta=beta, alpha=scaling, out=out", T_LORA),
     Mutation("bias dropped", PANELS, "beta = 0 if start is None else 1", "beta = 0", T_LORA),
     Mutation("dx mask missing", PANELS, "kernels.lora_dropout(dx, dropout_p, rng, 0, dx)", "pass", T_LORA),

@@ -11,9 +11,7 @@
 //
 //   threads  whole blocks each
 //   bytes    sizeof(T) read and 0.5 written per weight, from memory once: the second pass over a block finds
-//   it
-//            in L1
-//   work     AVX-512, bf16: 22 instructions per 32 weights and about 30 per block; AVX2: 5 times that
+//            it in L1. 4096x4096 bf16 takes 3.4 ms on two AVX-512 cores, 5.4 with AVX2, 13.7 without either.
 #include <algorithm>
 #include <atomic>
 #include <limits>
