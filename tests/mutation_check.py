@@ -175,36 +175,31 @@ MUTATIONS = [
     Mutation("bf16 rounds half up", "csrc/cpu/half.h", "0x7fffu + ((u >> 16) & 1u)", "0x8000u", T_DEQUANTIZE),
     # lora_dropout
     Mutation("nine philox rounds", "csrc/philox.h", "kPhiloxRounds = 10", "kPhiloxRounds = 9", T_DROPOUT),
-    Mutation(
-        "threshold off", DROPOUT, "[e / 4] >= threshold", "[e / 4] > threshold / 2 * 2 + 4096", T_DROPOUT
-    ),
+    Mutation("threshold off", DROPOUT, "word >= threshold", "word > threshold / 2 * 2 + 4096", T_DROPOUT),
     Mutation(
         "offset ignored",
         DROPOUT,
-        "static_cast<uint64_t>(counter + c), offset, seed",
-        "static_cast<uint64_t>(counter + c), offset * 0, seed",
+        "philox4x32_10(counter, mask.offset",
+        "philox4x32_10(counter, 0 * mask.offset",
         T_DROPOUT,
     ),
     Mutation(
         "avx512 words in another order",
         DROPOUT,
-        "_mm512_cmpge_epu32_mask(c2, threshold)",
-        "_mm512_cmpge_epu32_mask(c3, threshold)",
+        "_mm512_kunpackw(keep_b, keep_a)",
+        "_mm512_kunpackw(keep_a, keep_b)",
+        T_DROPOUT,
+    ),
+    Mutation("head of a run", DROPOUT, "skip = first % 4, head", "skip = 0, head", T_DROPOUT),
+    Mutation(
+        "avx512 last round",
+        DROPOUT,
+        "words23[v] = _mm512_mask_ternarylogic_epi32(p0, kLow, c3[v], k1, kXor3)",
+        "words23[v] = _mm512_mask_ternarylogic_epi32(p0, kLow, c3[v], k0, kXor3)",
         T_DROPOUT,
     ),
     Mutation(
-        "avx512 head of a run",
-        DROPOUT,
-        "offset, seed, limit) >> skip",
-        "offset, seed, limit) >> 0 * skip",
-        T_DROPOUT,
-    ),
-    Mutation(
-        "avx512 high product",
-        DROPOUT,
-        "_mm512_srli_epi64(even, 32), odd)",
-        "_mm512_srli_epi64(even, 31), odd)",
-        T_DROPOUT,
+        "avx2 lanes", DROPOUT, "_mm256_setr_epi64x(0, 1, 2, 3)", "_mm256_setr_epi64x(0, 2, 1, 3)", T_DROPOUT
     ),
     # lora_linear and its backward
     Mutation(
