@@ -1,6 +1,7 @@
 """Runs the CPU suite and prints its table: `python bench/run.py [--quick | --goals] [--results FOLDER]`.
 
---goals measures the goals table against every peer instead (bench/goals.py).
+Instead: --goals measures the goals table against every peer (bench/goals.py), --step a whole fine-tune step
+(bench/finetune_step.py), --compare holds this build against the stored baseline (bench/compare.py).
 
 Raw numbers and table go to bench/results/<processor and cores>/<date>.json and .md. One thread for each
 core this process may use, bound to its core.
@@ -20,6 +21,9 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Times the ops on this machine's CPU.", allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="small shapes only, under 40 s")
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", metavar="FOLDER")
+    parser.add_argument(
+        "--step", action="store_true", help="one fine-tune step of a 100 M-parameter model, against a peer"
+    )
     parser.add_argument("--goals", action="store_true", help="the goals, against every peer, in 5 minutes")
     parser.add_argument(
         "--compare", action="store_true", help="this build against the stored baseline (bench/compare.py)"
@@ -37,8 +41,9 @@ def main(argv: list[str]) -> int:
         "OMP_PROC_BIND": os.environ.get("OMP_PROC_BIND", "close"),
         "OMP_PLACES": os.environ.get("OMP_PLACES", "cores"),
     }
-    if arguments.goals or arguments.compare:
-        module = "bench.goals" if arguments.goals else "bench.compare"
+    modules = {"goals": "bench.goals", "compare": "bench.compare", "step": "bench.finetune_step"}
+    module = next((name for flag, name in modules.items() if getattr(arguments, flag)), None)
+    if module is not None:
         where = ["--results", str(arguments.results)]
         return subprocess.run(
             [sys.executable, "-m", module, *where, *rest], cwd=ROOT, env=environment, check=False
