@@ -5,15 +5,16 @@
 What is compared is, for each of a few calls, the median over interleaved rounds of its time divided by that
 of a dense F.linear timed in the same round: machines differ from day to day, the ratio hardly does. The
 baseline (bench/results/<machine>/baseline.json, written by --update) holds for each call the median ratio of
-several repeats and their spread. A call has become slower where its ratio exceeds the baseline's by more than
-THRESHOLD_SPREADS spreads and by more than LEAST_THRESHOLD, in each of ATTEMPTS measurements. Exit status: 0
-no regression, 1 a regression, 2 no baseline of this kind of machine.
+several repeats, each in a process of its own, and their spread. A call has become slower where its ratio
+exceeds the baseline's by more than THRESHOLD_SPREADS spreads and by more than LEAST_THRESHOLD, in each of
+ATTEMPTS measurements. Exit status: 0 no regression, 1 a regression, 2 no baseline of this kind of machine.
 """
 
 import argparse
 import json
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -34,7 +35,7 @@ THRESHOLD_SPREADS = 4.0
 LEAST_THRESHOLD = 0.04
 MOST_THRESHOLD = 0.08  # a call whose spread asks for more is not judged: 10 % could not be told
 COPIES = 4
-BUDGET_S = 3.0  # of one measurement of one call
+BUDGET_S = 2.0  # of one measurement of one call
 # Lengthens each of our calls by this share of its own time: how bench/prove_compare.py plants a regression.
 PLANT = "LORA_KERNELS_BENCH_PLANT"
 
@@ -139,12 +140,20 @@ def ratio(calls: dict[str, Callable[[int], object]]) -> float:
     return statistics.median(a / b for a, b in zip(times["ours"], times["dense"], strict=True))
 
 
+def measure() -> dict[str, float]:
+    """The ratio of every case, once."""
+    return {str(case): ratio(make(case)) for case in CASES}
+
+
 def update(path: Path, repeats: int) -> int:
+    """Each repeat is a process of its own: where its memory lies is part of what varies."""
     ratios: dict[str, list[float]] = {str(case): [] for case in CASES}
     for repeat in range(repeats):
         print(f"repeat {repeat + 1} of {repeats}", file=sys.stderr, flush=True)
-        for case in CASES:
-            ratios[str(case)].append(ratio(make(case)))
+        command = [sys.executable, "-m", "bench.compare", "--measure"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        for name, value in json.loads(done.stdout.splitlines()[-1]).items():
+            ratios[name].append(value)
     cases = {name: statistic(values)._asdict() | {"repeats": values} for name, values in ratios.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": machine.describe_cpu(), "cases": cases}, indent=1) + "\n")
@@ -191,9 +200,13 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Compares this build with the stored baseline.")
     parser.add_argument("--results", type=Path, default=machine.ROOT / "bench" / "results", metavar="FOLDER")
     parser.add_argument("--update", action="store_true", help="measure and store the baseline instead")
+    parser.add_argument("--measure", action="store_true", help="print the ratios of this process as JSON")
     parser.add_argument("--repeats", type=int, default=7, help="of --update; default: %(default)s")
     arguments = parser.parse_args(argv)
     torch.manual_seed(0)
+    if arguments.measure:
+        print(json.dumps(measure()))
+        return 0
     path = arguments.results.resolve() / machine.slug() / "baseline.json"
     return update(path, arguments.repeats) if arguments.update else compare(path)
 
