@@ -3,11 +3,12 @@
     python -m bench.compare [--update] [--repeats N]
 
 What is compared is, for each of a few calls, the median over interleaved rounds of its time divided by that
-of a dense F.linear timed in the same round: machines differ from day to day, the ratio hardly does. The
-baseline (bench/results/<machine>/baseline.json, written by --update) holds for each call the median ratio of
-several repeats, each in a process of its own, and their spread. A call has become slower where its ratio
-exceeds the baseline's by more than THRESHOLD_SPREADS spreads and by more than LEAST_THRESHOLD, in each of
-ATTEMPTS measurements. Exit status: 0 no regression, 1 a regression, 2 no baseline of this kind of machine.
+of a dense F.linear timed in the same round: machines differ from day to day, the ratio hardly does. Every
+measurement has a process of its own. The baseline, written by --update, is baseline.json in the folder of the
+machine under bench/results: for each call the median ratio of several repeats, and their spread. A call has
+become slower where its ratio exceeds the baseline's by more than THRESHOLD_SPREADS spreads and by more than
+LEAST_THRESHOLD, in each of ATTEMPTS measurements. Exit status: 0 no regression, 1 a regression, 2 no baseline
+of this kind of machine.
 """
 
 import argparse
@@ -140,20 +141,22 @@ def ratio(calls: dict[str, Callable[[int], object]]) -> float:
     return statistics.median(a / b for a, b in zip(times["ours"], times["dense"], strict=True))
 
 
-def measure() -> dict[str, float]:
-    """The ratio of every case, once."""
-    return {str(case): ratio(make(case)) for case in CASES}
+def fresh_ratio(case: Case) -> float:
+    """The ratio, measured in a process of its own.
+
+    Where a process's memory lies, and what it has freed before, is worth several percent of a small case.
+    """
+    command = [sys.executable, "-m", "bench.compare", "--measure", str(CASES.index(case))]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return float(done.stdout.split()[-1])
 
 
 def update(path: Path, repeats: int) -> int:
-    """Each repeat is a process of its own: where its memory lies is part of what varies."""
     ratios: dict[str, list[float]] = {str(case): [] for case in CASES}
     for repeat in range(repeats):
         print(f"repeat {repeat + 1} of {repeats}", file=sys.stderr, flush=True)
-        command = [sys.executable, "-m", "bench.compare", "--measure"]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        for name, value in json.loads(done.stdout.splitlines()[-1]).items():
-            ratios[name].append(value)
+        for case in CASES:
+            ratios[str(case)].append(fresh_ratio(case))
     cases = {name: statistic(values)._asdict() | {"repeats": values} for name, values in ratios.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": machine.describe_cpu(), "cases": cases}, indent=1) + "\n")
@@ -184,8 +187,7 @@ def compare(path: Path) -> int:
                 f"{case!s:<32} not judged: its baseline varies too much to tell 10 % ({baseline.spread:.1%})"
             )
             continue
-        calls = make(case)
-        worse, seen = verdict(baseline, lambda calls=calls: ratio(calls))
+        worse, seen = verdict(baseline, lambda case=case: fresh_ratio(case))
         attempts = ", ".join(f"{value:+.1%}" for value in seen)
         print(
             f"{case!s:<32} {attempts}  (threshold +{baseline.threshold:.1%}){'  SLOWER' * worse}", flush=True
@@ -200,12 +202,12 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Compares this build with the stored baseline.")
     parser.add_argument("--results", type=Path, default=machine.ROOT / "bench" / "results", metavar="FOLDER")
     parser.add_argument("--update", action="store_true", help="measure and store the baseline instead")
-    parser.add_argument("--measure", action="store_true", help="print the ratios of this process as JSON")
+    parser.add_argument("--measure", type=int, metavar="I", help="print the ratio of case I, measured here")
     parser.add_argument("--repeats", type=int, default=7, help="of --update; default: %(default)s")
     arguments = parser.parse_args(argv)
     torch.manual_seed(0)
-    if arguments.measure:
-        print(json.dumps(measure()))
+    if arguments.measure is not None:
+        print(ratio(make(CASES[arguments.measure])))
         return 0
     path = arguments.results.resolve() / machine.slug() / "baseline.json"
     return update(path, arguments.repeats) if arguments.update else compare(path)
