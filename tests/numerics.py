@@ -51,15 +51,24 @@ def worst_tile(out: Tensor, truth: Tensor) -> float:
 
 
 def assert_accurate(
-    name: str, out: Tensor, eager: Tensor | None, truth: Tensor, limit_dtype: torch.dtype
+    name: str,
+    out: Tensor,
+    eager: Tensor | None,
+    truth: Tensor,
+    limit_dtype: torch.dtype,
+    as_eager: bool = False,
 ) -> None:
     """Asserts the three bounds; `limit_dtype` is the dtype that the inputs were rounded to.
 
-    `eager` None: there are too few independent values to tell two error levels apart.
+    `eager` None: there are too few independent values to tell two error levels apart. `as_eager`: torch's GEMM
+    on weights rounded to the dtype is what eager computes, so where eager itself misses the limit (bf16, inputs
+    with a mean, K = 14336: 3.4e-3 to 4.0e-3) its error is the limit.
     """
     assert out.shape == truth.shape
     assert bool(torch.isfinite(out).all()), f"{name}: not finite"
     limit = LIMIT[limit_dtype]
+    if as_eager:
+        limit = max(limit, relative_error(eager, truth))
     error, tile = relative_error(out, truth), worst_tile(out, truth)
     assert error <= limit, f"{name}: relative error {error:.2e} > {limit:.0e}"
     assert tile <= 4 * limit, f"{name}: an 8x8 tile is off by {tile:.2e} of the rms"
