@@ -60,9 +60,9 @@ def assert_accurate(
 ) -> None:
     """Asserts the three bounds; `limit_dtype` is the dtype that the inputs were rounded to.
 
-    `eager` None: there are too few independent values to tell two error levels apart. `as_eager`: torch's GEMM
-    on weights rounded to the dtype is what eager computes, so where eager itself misses the limit (bf16, inputs
-    with a mean, K = 14336: 3.4e-3 to 4.0e-3) its error is the limit.
+    `eager` None: there are too few independent values to tell two error levels apart. `as_eager`: torch's
+    GEMM on weights rounded to the dtype is what eager computes, so where eager itself misses the limit (bf16,
+    inputs with a mean, K = 14336: 3.4e-3 to 4.0e-3) its error is the limit.
     """
     assert out.shape == truth.shape
     assert bool(torch.isfinite(out).all()), f"{name}: not finite"

@@ -103,6 +103,17 @@ def test_the_error_of_a_round_trip_is_at_most_half_the_widest_gap(backend):
     assert bool((error.reshape(-1, 64) <= plain.absmax[:, None] * (widest + 1e-6)).all())
 
 
+def test_large_outputs_are_exact_wherever_they_start(kernels):
+    """Over 16 MiB stores may go past the caches, which takes 64-byte borders: rows that have them and not."""
+    n, k = 1100, 4096
+    weight = random_weight(n, k, 64, True)
+    wanted = reference.nf4_dequantize(*weight.base_weight()[:4], (n, k), 64, torch.float32)
+    for offset in (0, 1, 16):
+        out = torch.full((n * k + offset,), float("nan"))[offset:].view(n, k)
+        module().nf4_dequantize(weight.base_weight(), 0, 0, out)
+        assert torch.equal(out, wanted)
+
+
 def test_every_element_is_written(backend):
     weight = random_weight(37, 91, 64, True)
     out = torch.full((37, 91), float("nan"))
