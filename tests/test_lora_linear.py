@@ -115,6 +115,12 @@ def test_few_tokens(tokens, dtype, p, kernels):
         check(tokens, n, k, r, draws=-(-4096 // (tokens * min(n, k))), dtype=dtype, kind="gelu", p=p)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_several_blocks_of_tokens(dtype, kernels):
+    """More tokens than share one decoding of W0: masks, and sums of dA and dB, go on from block to block."""
+    check(900, 48, 64, 8, dtype=dtype, kind="gelu", p=0.2)
+
+
 @pytest.mark.parametrize("blocksize", reference.NF4_BLOCKSIZES)
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_every_blocksize(blocksize, double_quant, kernels):
