@@ -16,6 +16,7 @@ Call = Callable[[], object]
 MIN_SAMPLE_S = 2e-3  # what one sample should last at least: well over the resolution of events and of a clock
 MAX_CALLS = 1024  # in one graph
 PAUSE_S = 5e-3  # longer than an OpenMP runtime's threads spin
+WARM_S = 50e-3  # a longer call hardly notices that threads had to be woken
 SAMPLES = (5, 25)  # at least, at most
 
 
@@ -115,26 +116,38 @@ def interleaved_times(
     rounds: tuple[int, int] = (5, 60),
     pause_s: float = PAUSE_S,
 ) -> dict[str, list[float]]:
-    """Seconds of every call of every contender, in rounds A B C A B C ...; a warm-up round is not counted.
+    """Seconds of a call of every contender, in rounds A B C A B C ...
 
     A contender is called with the number of the round, by which it chooses among copies of its tensors.
     Noise of the machine that lasts longer than a round meets all of them alike, so ratios within a round are
     steadier than times. At least rounds[0] and at most rounds[1] rounds, about `budget_s` in all. A pause
-    before each call lets the threads of the one before go to sleep: a peer may bring an OpenMP runtime of its
-    own, whose threads would otherwise wait, spinning, on the cores of the next.
+    before each contender lets the threads of the one before go to sleep: a peer may bring an OpenMP runtime
+    of its own, whose threads would otherwise wait, spinning, on the cores of the next. What is timed is the
+    steady state, as in a model whose layers follow one another: calls of under WARM_S are made once more
+    before the timed ones, which wakes the contender's own threads, and are repeated for MIN_SAMPLE_S.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     began = time.perf_counter()
-    for call in contenders.values():
+    repeats: dict[str, int] = {}
+    for name, call in contenders.items():
         call(0)
-    warm_up = time.perf_counter() - began
-    count = max(rounds[0], min(rounds[1], int(budget_s / max(warm_up, 1e-9))))
-    for i in range(1, count + 1):
+        start = time.perf_counter()
+        call(1)
+        once = time.perf_counter() - start
+        repeats[name] = 0 if once > WARM_S else min(MAX_CALLS, max(1, math.ceil(MIN_SAMPLE_S / once)))
+    cost = time.perf_counter() - began + 2 * MIN_SAMPLE_S * len(contenders)
+    count = max(rounds[0], min(rounds[1], int(budget_s / max(cost, 1e-9))))
+    for turn in range(count):
         for name, call in contenders.items():
-            time.sleep(pause_s)
+            if pause_s > 0:
+                time.sleep(pause_s)
+            if repeats[name] > 0 and pause_s > 0:
+                call(turn)
+            timed = max(1, repeats[name])
             start = time.perf_counter()
-            call(i)
-            times[name].append(time.perf_counter() - start)
+            for j in range(timed):
+                call(turn + 1 + j)
+            times[name].append((time.perf_counter() - start) / timed)
     return times
 
 

@@ -1,7 +1,9 @@
 """The rule of the regression check, on made-up ratios."""
 
+import itertools
 import random
 import statistics
+import time
 
 import pytest
 
@@ -42,9 +44,14 @@ def test_the_threshold_follows_the_spread():
     assert wild.threshold == pytest.approx(4 * 1.4826 * 0.1)
 
 
-def test_rounds_are_interleaved_and_the_warm_up_is_not_counted():
-    order = []
-    contenders = {name: (lambda i, name=name: order.append((i, name))) for name in "abc"}
+def test_rounds_are_interleaved_and_calls_that_warm_up_are_not_timed():
+    order: list[str] = []
+    contenders = {name: (lambda i, name=name: order.append(name)) for name in "abc"}
     times = interleaved_times(contenders, 0.0, rounds=(3, 3))
-    assert order == [(i, name) for i in range(4) for name in "abc"]
+    assert "".join(name for name, _ in itertools.groupby(order)) == "abc" * 4
     assert all(len(samples) == 3 and statistics.median(samples) >= 0 for samples in times.values())
+
+
+def test_a_sample_is_the_time_of_one_call():
+    times = interleaved_times({"a": lambda i: time.sleep(1e-3)}, 0.0, rounds=(3, 3))
+    assert all(0.9e-3 < sample < 2e-2 for sample in times["a"])
