@@ -63,6 +63,22 @@ def cuda_archs() -> tuple[list[str], bool]:
     return (device_archs() or "90a").split(";"), False
 
 
+def arch_number(arch: str) -> int:
+    return int(arch.rstrip("a"))
+
+
+def gencode(source: Path, archs: list[str], ptx: bool) -> str:
+    """nvcc's options for a kernel file; empty where it is for newer GPUs than those of `archs`.
+
+    Files called *_sm90.cu use what compute capability 9.0 brought.
+    """
+    least = 90 if source.stem.endswith("_sm90") else 0
+    options = [f"-gencode arch=compute_{a},code=sm_{a}" for a in archs if arch_number(a) >= least]
+    if ptx:
+        options.append(f"-gencode arch=compute_{PTX_ARCH},code=compute_{PTX_ARCH}")
+    return " ".join(options)
+
+
 def cuda_library_dir(nvcc: str) -> str:
     """Where libcudart_static.a lies: nvcc, which may be a wrapper script elsewhere, tells its root."""
     dry = subprocess.run(
@@ -114,8 +130,8 @@ class NinjaBuild(build_ext):
             "LK_CUDA_VERSION": f'"{cuda_version}"',
             "LK_CUDA_ARCHS": '"' + ";".join(archs + (["ptx" + PTX_ARCH] if ptx else [])) + '"',
         }
-        if nvcc:
-            defines["LK_WITH_CUDA"] = "1"
+        if any(arch_number(arch) >= 90 for arch in archs):
+            defines["LK_WITH_SM90"] = "1"
         includes = " ".join(f"-isystem {p}" for p in [*include_paths(), sysconfig.get_path("include")])
         cxx = shlex.split(os.environ.get("CXX", "g++"))
         # No contraction: the NF4 format prescribes separate roundings, and bytes must not depend on the
@@ -123,13 +139,11 @@ class NinjaBuild(build_ext):
         cxxflags = "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra"
         # GCC 12 warns inside its own AVX-512 header (`__m512i __Y = __Y`, GCC bug 105593).
         cxxflags += " -Wno-uninitialized -Wno-maybe-uninitialized"
-        gencode = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
-        if ptx:
-            gencode += f" -gencode arch=compute_{PTX_ARCH},code=compute_{PTX_ARCH}"
 
         sources = [*sorted((ROOT / "csrc").glob("cpu/*.cpp")), ROOT / "csrc" / "torch_ops.cpp"]
         if nvcc:
-            sources += sorted((ROOT / "csrc").glob("cuda/*.cu"))
+            sources.append(ROOT / "csrc" / "torch_ops_cuda.cpp")
+            sources += [s for s in sorted((ROOT / "csrc").glob("cuda/*.cu")) if gencode(s, archs, ptx)]
 
         with open(build / "build.ninja", "w") as file:
             n = ninja_syntax.Writer(file, width=110)
@@ -145,7 +159,7 @@ class NinjaBuild(build_ext):
             if nvcc:
                 n.rule(
                     "nvcc",
-                    f"{nvcc} -std=c++20 -O3 {gencode} --threads 2 -Xcompiler -fPIC,-fvisibility=hidden "
+                    f"{nvcc} -std=c++20 -O3 $gencode --threads 2 -Xcompiler -fPIC,-fvisibility=hidden "
                     "-MMD -MF $out.d -c $in -o $out",
                     depfile="$out.d",
                     deps="gcc",
@@ -163,11 +177,12 @@ class NinjaBuild(build_ext):
             objects = []
             for source in sources:
                 obj = str(build / (str(source.relative_to(ROOT / "csrc")).replace(os.sep, "_") + ".o"))
-                variables = (
-                    {"defines": glue}
-                    if source.name == "torch_ops.cpp"
-                    else {"defines": f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"}
-                )
+                if source.suffix == ".cu":
+                    variables = {"gencode": gencode(source, archs, ptx)}
+                elif source.name.startswith("torch_ops"):
+                    variables = {"defines": glue}
+                else:
+                    variables = {"defines": f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"}
                 n.build(obj, "nvcc" if source.suffix == ".cu" else "cxx", str(source), variables=variables)
                 objects.append(obj)
             n.build(str(target), "link", objects)

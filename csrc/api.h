@@ -19,6 +19,7 @@ typedef enum lk_status {
   LK_UNSUPPORTED_DTYPE = 2,  // a dtype that this launcher has no kernel for
   LK_NO_STREAM = 3,          // this torch has no current CUDA stream to launch on
   LK_UNSUPPORTED_ISA = 4,    // no such instruction set, or not on this machine
+  LK_NO_KERNEL = 5,          // the library has no code for this kernel: it was built for older GPUs only
   LK_LAUNCH_FAILED = 1000,   // 1000 + the cudaError_t of a launch
 } lk_status;
 
@@ -39,14 +40,20 @@ typedef struct lk_region {
 } lk_region;
 
 // nf4_quantize: weight [n] -> packed [ceil(n/2)], absmax fp32 [ceil(n/blocksize)]. LK_NONFINITE leaves the
-// outputs unspecified.
+// outputs unspecified. A GPU tells later: it sets nonfinite[0], which is zero before, to 1, and returns LK_OK.
 int lk_cpu_nf4_quantize(const void* weight, int dtype, int64_t n, int64_t blocksize, uint8_t* packed,
                         float* absmax);
+int lk_cuda_nf4_quantize(const void* weight, int dtype, int64_t n, int64_t blocksize, uint8_t* packed,
+                         float* absmax, uint32_t* nonfinite, void* stream);
 
 // The second level: absmax [blocks] -> codes [blocks], nested_absmax [ceil(blocks / 256)], offset [1].
 // offset = mean(absmax), summed in double in index order; a code is the true nearest entry, a tie going down.
+// On a GPU arrivals[0] is zero before, and partial_sums scratch of LK_NF4_PARTIAL_SUMS doubles.
+enum { LK_NF4_PARTIAL_SUMS = 256 };
 int lk_cpu_nf4_quantize_absmax(const float* absmax, int64_t blocks, uint8_t* codes, float* nested_absmax,
                                float* offset);
+int lk_cuda_nf4_quantize_absmax(const float* absmax, int64_t blocks, uint8_t* codes, float* nested_absmax,
+                                float* offset, uint32_t* arrivals, double* partial_sums, void* stream);
 
 // nf4_dequantize: the region of W -> out [rows, cols], `out_stride` elements from row to row.
 int lk_cpu_nf4_dequantize(const lk_nf4_weight* weight, const lk_region* region, void* out, int dtype,
@@ -109,6 +116,23 @@ int lk_cpu_lora_linear_backward(const lk_matrix* dy, int64_t tokens, const lk_ma
                                 const lk_gradients* gradients, void* workspace);
 int64_t lk_cpu_lora_linear_backward_workspace(int64_t tokens, int64_t out_features, int64_t in_features,
                                               int64_t rank, int has_dropout);
+
+// lora_linear without dropout for few tokens (`takes` says which problems) on a GPU, in one launch on `stream`.
+// `workspace` and `counters` have the sizes that `space` says; the counters are zero before and after. `clustered`:
+// the slices of K meet in a cluster (sm_90 and later), without workspace and counters.
+typedef struct lk_decode_space {
+  int64_t workspace;  // bytes
+  int64_t groups;     // counters
+} lk_decode_space;
+int lk_cuda_lora_linear_decode(const lk_matrix* x, int64_t tokens, const lk_base_weight* base,
+                               const lk_adapter* adapter, const lk_matrix* bias, void* y, void* h, void* workspace,
+                               uint32_t* counters, void* stream);
+int lk_cuda_lora_linear_decode_clustered(const lk_matrix* x, int64_t tokens, const lk_base_weight* base,
+                                         const lk_adapter* adapter, const lk_matrix* bias, void* y, void* h,
+                                         void* stream);
+int lk_cuda_lora_linear_decode_takes(int64_t tokens, const lk_base_weight* base, int64_t rank);
+lk_decode_space lk_cuda_lora_linear_decode_space(int64_t tokens, int64_t out_features, int64_t in_features,
+                                                 int64_t rank, int nf4, int clustered);
 
 // The instruction set of the CPU kernels: the one in use, the highest this machine supports (of "portable",
 // "avx2", "avx512", "avx512bf16", each of which includes those before it), and the choice of another one.

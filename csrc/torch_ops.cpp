@@ -1,48 +1,24 @@
-// Op schemas and dispatch glue on torch's stable ABI: unpacks tensors into the structs of api.h, and nothing
-// else.
+// Dispatch glue of the CPU launchers on torch's stable ABI, and the Python module: unpacks tensors into the structs
+// of api.h, and nothing else. The CUDA launchers have theirs in torch_ops_cuda.cpp.
 //
 // These are the `out` overloads, which compute into tensors that lora_kernels/ops.py has allocated; the ops
 // that users see (`lora_kernels::nf4_quantize`, ...) are defined there. An exception that crosses the stable
 // ABI of torch 2.11 loses its message, so nothing here throws on user error: every op returns an lk_status.
 #include <Python.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <optional>
-
-#include "api.h"
+#include "torch_tensors.h"
 
 // A CPU build of torch does not have this symbol: weak, and looked at before use.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-int dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return LK_F32;
-    case ScalarType::Half: return LK_F16;
-    case ScalarType::BFloat16: return LK_BF16;
-    default: return -1;  // every launcher answers LK_UNSUPPORTED_DTYPE to it
-  }
-}
-
-lk_nf4_weight nf4_weight(const Tensor& packed, const Tensor& absmax,
-                         const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& offset,
-                         int64_t blocksize) {
-  return {static_cast<const uint8_t*>(packed.const_data_ptr()), absmax.const_data_ptr(),
-          nested_absmax ? static_cast<const float*>(nested_absmax->const_data_ptr()) : nullptr,
-          offset ? static_cast<const float*>(offset->const_data_ptr()) : nullptr, blocksize};
-}
+using namespace lk::glue;
 
 int64_t nf4_quantize_cpu(const Tensor weight, int64_t blocksize, Tensor packed, Tensor absmax,
                          std::optional<Tensor> codes, std::optional<Tensor> nested_absmax,
-                         std::optional<Tensor> offset) {
+                         std::optional<Tensor> offset, std::optional<Tensor>) {
   float* scales = static_cast<float*>(absmax.mutable_data_ptr());
   const int status = lk_cpu_nf4_quantize(weight.const_data_ptr(), dtype_of(weight), weight.numel(), blocksize,
                                          static_cast<uint8_t*>(packed.mutable_data_ptr()), scales);
@@ -63,31 +39,6 @@ int64_t nf4_dequantize_cpu(const Tensor packed, const Tensor absmax, std::option
 int64_t lora_dropout_cpu(const Tensor x, double p, const Tensor rng, int64_t first, Tensor out) {
   return lk_cpu_lora_dropout(x.const_data_ptr(), dtype_of(x), x.numel(), first, p,
                              static_cast<const int64_t*>(rng.const_data_ptr()), out.mutable_data_ptr());
-}
-
-lk_matrix matrix(const std::optional<Tensor>& t) {
-  if (!t) return {nullptr, LK_F32, 0};
-  return {t->const_data_ptr(), dtype_of(*t), t->dim() == 2 ? t->stride(0) : t->numel()};
-}
-
-lk_adapter adapter(const std::optional<Tensor>& lora_A, const std::optional<Tensor>& lora_B, double scaling,
-                   double p, const std::optional<Tensor>& rng) {
-  const int64_t rank = lora_A ? lora_A->size(0) : 0;
-  return {matrix(lora_A),
-          matrix(lora_B),
-          rank,
-          scaling,
-          p,
-          rng ? static_cast<const int64_t*>(rng->const_data_ptr()) : nullptr};
-}
-
-// The base weight as the ops pass it; `nf4` is where its parts are put when it is quantised.
-lk_base_weight base_weight(const Tensor& weight, const std::optional<Tensor>& absmax,
-                           const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& offset,
-                           int64_t blocksize, int64_t out_features, int64_t in_features, lk_nf4_weight* nf4) {
-  if (!absmax) return {nullptr, matrix(weight), out_features, in_features};
-  *nf4 = nf4_weight(weight, *absmax, nested_absmax, offset, blocksize);
-  return {nf4, {nullptr, LK_F32, 0}, out_features, in_features};
 }
 
 int64_t lora_linear_cpu(const Tensor x, const Tensor weight, std::optional<Tensor> absmax,
@@ -123,45 +74,9 @@ int64_t lora_linear_backward_cpu(const Tensor dy, std::optional<Tensor> x, std::
                                      workspace.mutable_data_ptr());
 }
 
-#ifdef LK_WITH_CUDA
-int64_t nf4_dequantize_cuda(const Tensor packed, const Tensor absmax, std::optional<Tensor> nested_absmax,
-                            std::optional<Tensor> offset, int64_t blocksize, int64_t in_features, int64_t row,
-                            int64_t col, Tensor out) {
-  const int32_t device = out.get_device();
-  torch::stable::accelerator::DeviceGuard guard(device);
-  void* stream = nullptr;
-  if (aoti_torch_get_current_cuda_stream == nullptr ||
-      aoti_torch_get_current_cuda_stream(device, &stream) != AOTI_TORCH_SUCCESS) {
-    return LK_NO_STREAM;
-  }
-  const lk_nf4_weight weight = nf4_weight(packed, absmax, nested_absmax, offset, blocksize);
-  const lk_region region = {in_features, row, out.size(0), col, out.size(1)};
-  return lk_cuda_nf4_dequantize(&weight, &region, out.mutable_data_ptr(), dtype_of(out), out.stride(0),
-                                stream);
-}
-#endif
-
 }  // namespace
 
-STABLE_TORCH_LIBRARY(lora_kernels, m) {
-  m.def(
-      "nf4_quantize.out(Tensor weight, int blocksize, *, Tensor(a!) packed, Tensor(b!) absmax, Tensor(c!)? "
-      "codes, Tensor(d!)? nested_absmax, Tensor(e!)? offset) -> int");
-  m.def(
-      "nf4_dequantize.out(Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? offset, int "
-      "blocksize, int in_features, int row, int col, *, Tensor(a!) out) -> int");
-  m.def("lora_dropout.out(Tensor x, float p, Tensor rng, int first, *, Tensor(a!) out) -> int");
-  m.def(
-      "lora_linear.out(Tensor x, Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? offset, int "
-      "blocksize, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? bias, float p, Tensor? rng, *, "
-      "Tensor(a!) y, Tensor(b!) h, Tensor(c!) workspace) -> int");
-  m.def(
-      "lora_linear_backward.out(Tensor dy, Tensor? x, Tensor? h, Tensor weight, Tensor? absmax, Tensor? "
-      "nested_absmax, Tensor? offset, int blocksize, int in_features, Tensor? lora_A, Tensor? lora_B, float "
-      "scaling, float p, Tensor? rng, *, Tensor(a!)? dx, Tensor(b!)? dA, Tensor(c!)? dB, Tensor(d!) "
-      "workspace) "
-      "-> int");
-}
+STABLE_TORCH_LIBRARY(lora_kernels, m) { define_out_overloads(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CPU, m) {
   m.impl("lora_linear.out", TORCH_BOX(&lora_linear_cpu));
@@ -170,12 +85,6 @@ STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CPU, m) {
   m.impl("nf4_dequantize.out", TORCH_BOX(&nf4_dequantize_cpu));
   m.impl("lora_dropout.out", TORCH_BOX(&lora_dropout_cpu));
 }
-
-#ifdef LK_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CUDA, m) {
-  m.impl("nf4_dequantize.out", TORCH_BOX(&nf4_dequantize_cuda));
-}
-#endif
 
 static PyObject* cpu_isa(PyObject*, PyObject*) { return PyUnicode_FromString(lk_cpu_isa()); }
 

@@ -4,6 +4,7 @@ import os
 import random
 
 import pytest
+import simt_backend
 import torch
 from variants import KERNELS, VARIANTS, variant
 
@@ -28,4 +29,5 @@ def seed():
     value = int(os.environ.get("LORA_KERNELS_TEST_SEED", random.SystemRandom().randrange(2**31)))
     print(f"LORA_KERNELS_TEST_SEED={value}")
     torch.manual_seed(value)
+    simt_backend.set_seed(value)
     return value

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from types import ModuleType
 
+import simt_backend
 import torch
 
 import lora_kernels
@@ -11,8 +12,10 @@ from lora_kernels.backends import backend_for, cpu
 from lora_kernels.backends.native import CPU_ISAS, cpu_isa, select_cpu_isa
 
 # A later backend adds its name here and runs the whole suite.
-KERNELS = (*(f"cpu-{isa}" for isa in CPU_ISAS), "cpu-panels")
+# simt: the CUDA kernels on the host stand-in, as on a device of sm_80 and, with clusters, of sm_90.
+KERNELS = (*(f"cpu-{isa}" for isa in CPU_ISAS), "cpu-panels", "simt-80", "simt-90")
 VARIANTS = ("reference", *KERNELS)
+FUSED_ON_A_CPU = tuple(f"cpu-{isa}" for isa in CPU_ISAS)
 
 
 @contextlib.contextmanager
@@ -20,6 +23,9 @@ def variant(name: str) -> Iterator[str]:
     """Forces one of VARIANTS."""
     backend, _, isa = name.partition("-")
     before = cpu_isa()
+    if backend == "simt":
+        simt_backend.pretend(4, int(isa))
+        isa = ""
     with lora_kernels.use_backend(backend):
         if isa == "panels":  # torch's GEMM, which machines with fast bf16 take
             cpu.forced_kernel = "panels"

@@ -1,6 +1,7 @@
 """Loads the compiled library, calls its launchers, turns their status codes (csrc/api.h) into exceptions."""
 
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -43,7 +44,14 @@ _lora_linear_backward = torch.ops.lora_kernels.lora_linear_backward.out
 _OK, _NONFINITE, _UNSUPPORTED_DTYPE, _NO_STREAM, _LAUNCH_FAILED = 0, 1, 2, 3, 1000
 
 
-def _raise_for(status: int, op: str, tensor: str, dtype: torch.dtype) -> None:
+def cuda_failure(code: int) -> str:
+    return f"the CUDA launch failed with cudaError_t {code}"
+
+
+def raise_for(
+    status: int, op: str, tensor: str, dtype: torch.dtype, failure: Callable[[int], str] = cuda_failure
+) -> None:
+    """The exception that a launcher's status stands for; nothing where it is LK_OK."""
     if status == _OK:
         return
     if status == _NONFINITE:
@@ -55,7 +63,7 @@ def _raise_for(status: int, op: str, tensor: str, dtype: torch.dtype) -> None:
         )
     if status == _NO_STREAM:
         raise RuntimeError(f"{op}: this build of torch has no CUDA stream; install torch with CUDA")
-    raise RuntimeError(f"{op}: the CUDA launch failed with cudaError_t {status - _LAUNCH_FAILED}")
+    raise RuntimeError(f"{op}: {failure(status - _LAUNCH_FAILED)}")
 
 
 def nf4_quantize(
@@ -76,7 +84,7 @@ def nf4_quantize(
         nested_absmax=nested_absmax,
         offset=offset,
     )
-    _raise_for(status, "nf4_quantize", "weight", weight.dtype)
+    raise_for(status, "nf4_quantize", "weight", weight.dtype)
 
 
 def nf4_dequantize(base: BaseWeight, row: int, col: int, out: Tensor) -> None:
@@ -92,16 +100,16 @@ def nf4_dequantize(base: BaseWeight, row: int, col: int, out: Tensor) -> None:
         col,
         out=out,
     )
-    _raise_for(status, "nf4_dequantize", "out", out.dtype)
+    raise_for(status, "nf4_dequantize", "out", out.dtype)
 
 
 def lora_dropout(x: Tensor, p: float, rng: Tensor, first: int, out: Tensor) -> None:
     """Contiguous x, whose first element is element `first` of the whole input -> out; out may be x itself."""
     status = _lora_dropout(x, p, rng, first, out=out)
-    _raise_for(status, "lora_dropout", "x", x.dtype)
+    raise_for(status, "lora_dropout", "x", x.dtype)
 
 
-def _unit_columns(matrix: Tensor | None) -> Tensor | None:
+def unit_columns(matrix: Tensor | None) -> Tensor | None:
     """The matrix itself where the elements of a row lie side by side, else a copy in which they do."""
     return matrix if matrix is None or matrix.stride(-1) == 1 else matrix.contiguous()
 
@@ -121,13 +129,13 @@ def lora_linear(
     size = _C.lora_linear_workspace(x.shape[0], x.shape[1], h.shape[1])
     status = _lora_linear(
         x,
-        *(_unit_columns(base.data), base.absmax, base.nested_absmax, base.offset, base.blocksize),
-        *(_unit_columns(lora_A), _unit_columns(lora_B), scaling, _unit_columns(bias), dropout_p, rng),
+        *(unit_columns(base.data), base.absmax, base.nested_absmax, base.offset, base.blocksize),
+        *(unit_columns(lora_A), unit_columns(lora_B), scaling, unit_columns(bias), dropout_p, rng),
         y=y,
         h=h,
         workspace=x.new_empty(size, dtype=torch.uint8),
     )
-    _raise_for(status, "lora_linear", "x", x.dtype)
+    raise_for(status, "lora_linear", "x", x.dtype)
 
 
 def lora_linear_backward(
@@ -153,14 +161,14 @@ def lora_linear_backward(
     size = _C.lora_linear_backward_workspace(*dy.shape, base.in_features, rank, dropout_p > 0)
     status = _lora_linear_backward(
         *(dy, x, h),
-        *(_unit_columns(base.data), base.absmax, base.nested_absmax, base.offset, base.blocksize),
-        *(base.in_features, _unit_columns(lora_A), _unit_columns(lora_B), scaling, dropout_p, rng),
+        *(unit_columns(base.data), base.absmax, base.nested_absmax, base.offset, base.blocksize),
+        *(base.in_features, unit_columns(lora_A), unit_columns(lora_B), scaling, dropout_p, rng),
         dx=dx,
         dA=dA,
         dB=dB,
         workspace=dy.new_empty(size, dtype=torch.uint8),
     )
-    _raise_for(status, "lora_linear_backward", "dy", dy.dtype)
+    raise_for(status, "lora_linear_backward", "dy", dy.dtype)
 
 
 if os.environ.get("LORA_KERNELS_CPU_ISA"):

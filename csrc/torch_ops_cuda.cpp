@@ -1,0 +1,200 @@
+// Dispatch glue of the CUDA launchers on torch's stable ABI. Compiled with LK_SIMT it is the glue of the same
+// launchers on the host stand-in: the ops of namespace lora_kernels_simt, which take CPU tensors and tell the
+// stand-in which memory a kernel may read and write.
+#include "torch_tensors.h"
+
+#ifdef LK_SIMT
+#include "simt/device.h"
+#else
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+// A CPU build of torch does not have this symbol: weak, and looked at before use.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+#endif
+
+namespace {
+
+using namespace lk::glue;
+
+#ifdef LK_SIMT
+
+// One launch and the memory it may touch.
+class Call {
+ public:
+  explicit Call(const Tensor&) { simt::clear_memory(); }
+  ~Call() { simt::clear_memory(); }
+  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
+
+  void input(const char* name, const Tensor& t) { add(name, t, simt::Use::input); }
+  void input(const char* name, const std::optional<Tensor>& t) {
+    if (t) input(name, *t);
+  }
+  // Every byte of an output is poisoned, and must be written. Rows of a larger tensor hold what lies between them.
+  void output(const char* name, const Tensor& t) {
+    const bool whole = t.dim() < 2 || t.size(0) <= 1 || t.stride(0) == t.size(1);
+    add(name, t, whole ? simt::Use::output : simt::Use::inout);
+  }
+  void output(const char* name, const std::optional<Tensor>& t) {
+    if (t) output(name, *t);
+  }
+  void inout(const char* name, const Tensor& t) { add(name, t, simt::Use::inout); }
+
+  void* stream() const { return nullptr; }
+  bool ready() const { return true; }
+  int64_t end(int64_t status) const {
+    if (status != LK_OK) return status;
+    try {
+      simt::check_outputs_written();
+    } catch (const simt::Error& error) {
+      lk::cuda::last_error() = error.what();
+      return LK_LAUNCH_FAILED;
+    }
+    return LK_OK;
+  }
+
+ private:
+  static void add(const char* name, const Tensor& t, simt::Use use) {
+    if (t.numel() == 0) return;
+    int64_t elements = 1;
+    for (int64_t d = 0; d < t.dim(); ++d) elements += (t.size(d) - 1) * t.stride(d);
+    simt::add_memory(name, const_cast<void*>(t.const_data_ptr()), static_cast<size_t>(elements) * t.element_size(),
+                     use);
+  }
+};
+
+#else
+
+// The device and the stream of a launch.
+class Call {
+ public:
+  explicit Call(const Tensor& on) : guard_(on.get_device()) {
+    ready_ = aoti_torch_get_current_cuda_stream != nullptr &&
+             aoti_torch_get_current_cuda_stream(on.get_device(), &stream_) == AOTI_TORCH_SUCCESS;
+  }
+  template <class T>
+  void input(const char*, const T&) {}
+  template <class T>
+  void output(const char*, const T&) {}
+  template <class T>
+  void inout(const char*, const T&) {}
+  void* stream() const { return stream_; }
+  bool ready() const { return ready_; }
+  int64_t end(int64_t status) const { return status; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_ = nullptr;
+  bool ready_ = false;
+};
+
+#endif
+
+// scratch: int64 [2 + LK_NF4_PARTIAL_SUMS]. Zero before: [0], not zero after a NaN or an infinity; [1], the arrivals.
+int64_t nf4_quantize_cuda(const Tensor weight, int64_t blocksize, Tensor packed, Tensor absmax,
+                          std::optional<Tensor> codes, std::optional<Tensor> nested_absmax,
+                          std::optional<Tensor> offset, std::optional<Tensor> scratch) {
+  if (!scratch) return LK_LAUNCH_FAILED + 1;  // cudaErrorInvalidValue
+  Call call(packed);
+  if (!call.ready()) return LK_NO_STREAM;
+  call.input("weight", weight), call.output("packed", packed), call.output("absmax", absmax);
+  call.output("codes", codes), call.output("nested_absmax", nested_absmax), call.output("offset", offset);
+  call.inout("scratch", *scratch);
+  int64_t* words = static_cast<int64_t*>(scratch->mutable_data_ptr());
+  float* scales = static_cast<float*>(absmax.mutable_data_ptr());
+  const int status = lk_cuda_nf4_quantize(weight.const_data_ptr(), dtype_of(weight), weight.numel(), blocksize,
+                                          static_cast<uint8_t*>(packed.mutable_data_ptr()), scales,
+                                          reinterpret_cast<uint32_t*>(words), call.stream());
+  if (status != LK_OK || !codes) return call.end(status);
+  return call.end(lk_cuda_nf4_quantize_absmax(
+      scales, absmax.numel(), static_cast<uint8_t*>(codes->mutable_data_ptr()),
+      static_cast<float*>(nested_absmax->mutable_data_ptr()), static_cast<float*>(offset->mutable_data_ptr()),
+      reinterpret_cast<uint32_t*>(words + 1), reinterpret_cast<double*>(words + 2), call.stream()));
+}
+
+int64_t nf4_dequantize_cuda(const Tensor packed, const Tensor absmax, std::optional<Tensor> nested_absmax,
+                            std::optional<Tensor> offset, int64_t blocksize, int64_t in_features, int64_t row,
+                            int64_t col, Tensor out) {
+  Call call(out);
+  if (!call.ready()) return LK_NO_STREAM;
+  call.input("packed", packed), call.input("absmax", absmax), call.input("nested_absmax", nested_absmax);
+  call.input("offset", offset), call.output("out", out);
+  const lk_nf4_weight weight = nf4_weight(packed, absmax, nested_absmax, offset, blocksize);
+  const lk_region region = {in_features, row, out.size(0), col, out.size(1)};
+  return call.end(lk_cuda_nf4_dequantize(&weight, &region, out.mutable_data_ptr(), dtype_of(out), out.stride(0),
+                                         call.stream()));
+}
+
+int64_t lora_linear_decode_cuda(const Tensor x, const Tensor weight, std::optional<Tensor> absmax,
+                                std::optional<Tensor> nested_absmax, std::optional<Tensor> offset, int64_t blocksize,
+                                std::optional<Tensor> lora_A, std::optional<Tensor> lora_B, double scaling,
+                                std::optional<Tensor> bias, bool clustered, Tensor y, Tensor h, Tensor workspace,
+                                Tensor counters) {
+  Call call(y);
+  if (!call.ready()) return LK_NO_STREAM;
+  call.input("x", x), call.input("weight", weight), call.input("absmax", absmax);
+  call.input("nested_absmax", nested_absmax), call.input("offset", offset), call.input("lora_A", lora_A);
+  call.input("lora_B", lora_B), call.input("bias", bias), call.output("y", y), call.output("h", h);
+  call.output("workspace", workspace), call.inout("counters", counters);
+  lk_nf4_weight nf4;
+  const lk_base_weight base =
+      base_weight(weight, absmax, nested_absmax, offset, blocksize, y.size(1), x.size(1), &nf4);
+  const lk_adapter lora = adapter(lora_A, lora_B, scaling, 0, std::nullopt);
+  const lk_matrix rows = matrix(x), addend = matrix(bias);
+  if (clustered) {
+#ifndef LK_WITH_SM90
+    return LK_NO_KERNEL;
+#else
+    return call.end(lk_cuda_lora_linear_decode_clustered(&rows, x.size(0), &base, &lora, &addend,
+                                                         y.mutable_data_ptr(), h.mutable_data_ptr(), call.stream()));
+#endif
+  }
+  return call.end(lk_cuda_lora_linear_decode(&rows, x.size(0), &base, &lora, &addend, y.mutable_data_ptr(),
+                                             h.mutable_data_ptr(), workspace.mutable_data_ptr(),
+                                             static_cast<uint32_t*>(counters.mutable_data_ptr()), call.stream()));
+}
+
+int64_t lora_linear_decode_takes_cuda(const Tensor weight, int64_t tokens, int64_t out_features, int64_t in_features,
+                                      int64_t blocksize, int64_t rank) {
+  lk_nf4_weight nf4 = {static_cast<const uint8_t*>(weight.const_data_ptr()), nullptr, nullptr, nullptr, blocksize};
+  lk_base_weight base = {&nf4, {nullptr, LK_F32, 0}, out_features, in_features};
+  if (blocksize == 0) base.nf4 = nullptr, base.dense = matrix(weight);
+  return lk_cuda_lora_linear_decode_takes(tokens, &base, rank);
+}
+
+std::tuple<int64_t, int64_t> lora_linear_decode_space_cuda(const Tensor weight, int64_t tokens, int64_t out_features,
+                                                           int64_t in_features, int64_t rank, bool nf4,
+                                                           bool clustered) {
+  Call call(weight);
+  const lk_decode_space space =
+      lk_cuda_lora_linear_decode_space(tokens, out_features, in_features, rank, nf4, clustered);
+  return {space.workspace, space.groups};
+}
+
+template <class Library>
+void implement(Library& m) {
+  m.impl("nf4_quantize.out", TORCH_BOX(&nf4_quantize_cuda));
+  m.impl("nf4_dequantize.out", TORCH_BOX(&nf4_dequantize_cuda));
+  m.impl("lora_linear_decode.out", TORCH_BOX(&lora_linear_decode_cuda));
+  m.impl("lora_linear_decode_takes", TORCH_BOX(&lora_linear_decode_takes_cuda));
+  m.impl("lora_linear_decode_space", TORCH_BOX(&lora_linear_decode_space_cuda));
+}
+
+}  // namespace
+
+#ifdef LK_SIMT
+STABLE_TORCH_LIBRARY(lora_kernels_simt, m) { define_out_overloads(m); }
+STABLE_TORCH_LIBRARY_IMPL(lora_kernels_simt, CPU, m) { implement(m); }
+
+// For tests: the message of the last failure, the seed of the next launches, the device that launchers see.
+extern "C" __attribute__((visibility("default"))) const char* lk_simt_last_error() {
+  return lk::cuda::last_error().c_str();
+}
+extern "C" __attribute__((visibility("default"))) void lk_simt_set_seed(uint64_t seed) { simt::set_seed(seed); }
+extern "C" __attribute__((visibility("default"))) void lk_simt_pretend(int multiprocessors, int capability) {
+  lk::cuda::pretended_device() = {multiprocessors, capability};
+}
+#else
+STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CUDA, m) { implement(m); }
+#endif

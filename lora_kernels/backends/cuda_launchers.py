@@ -1,0 +1,102 @@
+"""The CUDA launchers of one library: those of `_C`, or in the tests those of the host stand-in."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lora_kernels.backends.native import raise_for, unit_columns
+from lora_kernels.base_weight import BaseWeight
+
+_16_BIT = (torch.bfloat16, torch.float16)
+_COMPILED = (torch.float32, *_16_BIT)
+MOST_DECODE_TOKENS = 8
+
+
+class CudaLaunchers:
+    """Calls launchers, allocates their scratch, turns their status codes into exceptions.
+
+    ops: the namespace of their `out` overloads. capability: of a device, 10 * major + minor, or less where the
+    library has no code for so new a one. failure: what a failed launch's cudaError_t is called.
+    """
+
+    def __init__(
+        self, ops: object, capability: Callable[[torch.device], int], failure: Callable[[int], str]
+    ) -> None:
+        self._nf4_dequantize = ops.nf4_dequantize.out
+        self._decode = ops.lora_linear_decode.out
+        self._decode_takes = ops.lora_linear_decode_takes.default
+        self._decode_space = ops.lora_linear_decode_space.default
+        self._capability, self._failure = capability, failure
+        # Of the kernels whose blocks meet at a counter: zero between launches, so one set serves every launch on a
+        # stream, and no two streams may share one.
+        self._counters: dict[tuple[torch.device, int], Tensor] = {}
+
+    def nf4_dequantize(self, base: BaseWeight, row: int, col: int, out: Tensor) -> None:
+        """The rectangle of W at (row, col) of out's shape -> out [rows, cols], which has unit column stride."""
+        status = self._nf4_dequantize(
+            *(base.data, base.absmax, base.nested_absmax, base.offset, base.blocksize, base.in_features, row, col),
+            out=out,
+        )
+        raise_for(status, "nf4_dequantize", "out", out.dtype, self._failure)
+
+    def clustered(self, device: torch.device) -> bool:
+        """Whether the slices of lora_linear_decode meet in a cluster on this device."""
+        return self._capability(device) >= 90
+
+    def why_no_decode(
+        self, base: BaseWeight, tokens: int, dtype: torch.dtype, rank: int, *others: Tensor | None
+    ) -> str | None:
+        """Why lora_linear_decode does not take a call; None where it does."""
+        if tokens > MOST_DECODE_TOKENS:
+            return f"more than {MOST_DECODE_TOKENS} tokens"
+        if dtype not in _16_BIT:
+            return f"{dtype} is not a 16-bit type"
+        if any(t is not None and t.dtype not in _COMPILED for t in others):
+            return "an adapter or bias in float64"
+        sizes = (tokens, base.out_features, base.in_features, base.blocksize if base.quantized else 0, rank)
+        if not self._decode_takes(unit_columns(base.data), *sizes):
+            return (
+                "it needs K % 64 = 0, NF4 blocks of 64 or more that do not straddle rows, rows that start on 16 bytes, "
+                "and r <= 256"
+            )
+        return None
+
+    def lora_linear_decode(
+        self,
+        x: Tensor,
+        base: BaseWeight,
+        lora_A: Tensor | None,
+        lora_B: Tensor | None,
+        scaling: float,
+        bias: Tensor | None,
+        y: Tensor,
+        h: Tensor,
+    ) -> None:
+        clustered = self.clustered(x.device)
+        sizes = (x.shape[0], base.out_features, base.in_features, h.shape[1], base.quantized, clustered)
+        workspace, groups = self._decode_space(base.data, *sizes)
+        status = self._decode(
+            x,
+            *(unit_columns(base.data), base.absmax, base.nested_absmax, base.offset, base.blocksize),
+            *(unit_columns(lora_A), unit_columns(lora_B), scaling, unit_columns(bias), clustered),
+            y=y,
+            h=h,
+            workspace=x.new_empty(workspace, dtype=torch.uint8),
+            counters=self._counters_for(x.device, groups),
+        )
+        raise_for(status, "lora_linear_decode", "x", x.dtype, self._failure)
+
+    def _counters_for(self, device: torch.device, count: int) -> Tensor:
+        def fresh(size: int) -> Tensor:
+            return torch.zeros(size, dtype=torch.int32, device=device)
+
+        stream = 0
+        if device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                return fresh(count)  # belongs to the graph, as its workspace does
+            stream = torch.cuda.current_stream(device).cuda_stream
+        known = self._counters.get((device, stream))
+        if known is None or known.numel() < count:
+            known = self._counters[device, stream] = fresh(max(count, 1024))
+        return known

@@ -1,0 +1,177 @@
+"""Deletes every barrier, wait, fence and mask of the real kernels, one at a time: the stand-in must notice each.
+
+    python tests/simt/deletions.py [--seeds 100] [--jobs 2] [--only TEXT]
+
+Synchronisation is found by its spelling, so that a new kernel's is deleted too; masks are listed. A deletion is
+caught where the driver (drive.cpp) fails within that many seeds. JUSTIFIED says which need not be, and why. Prints
+a line each; exit status 1 where one is neither caught nor justified, or one that is justified is caught.
+"""
+
+import argparse
+import concurrent.futures
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+CUDA = ROOT / "csrc" / "cuda"
+PRIMITIVES = ("device.cuh", "tensor_map.cuh", "ptx.cuh", "ptx_sm90.cuh")
+FLAGS = "-std=c++20 -O1 -ffp-contract=off -w -DLK_SIMT".split()
+TIMEOUT_S = 300
+
+SYNCHRONISATION = re.compile(
+    r"(?:__syncthreads|__syncwarp|__threadfence|ptx::(?:cp_async_wait<[^;]*>|cp_async_commit|cluster_arrive|cluster_wait"
+    r"|barrier_sync|barrier_arrive|fence_\w+|mbarrier_\w+|wgmma_\w+|bulk_\w+))\([^;]*\);"
+)
+
+
+class Deletion(NamedTuple):
+    file: str
+    old: str
+    new: str
+    occurrence: int = 0  # of `old` in the file
+
+    def __str__(self) -> str:
+        what = f"{self.old.strip()[:70]!r}" + (f" -> {self.new.strip()[:50]!r}" if self.new else "")
+        return f"{self.file} #{self.occurrence}: {what}"
+
+
+# What keeps a kernel inside its tensors: each condition that can be false at an edge.
+MASKS = (
+    Deletion("lora_linear_decode.cuh", "row + r < p.n && col < p.k", "col < p.k"),
+    Deletion("lora_linear_decode.cuh", "row + r < p.n && col < p.k", "row + r < p.n"),
+    Deletion("lora_linear_decode.cuh", "there ? 16 : 0", "16"),
+    Deletion("lora_linear_decode.cuh", "token < p.tokens && k0 + col < p.k", "token < p.tokens"),
+    Deletion("lora_linear_decode.cuh", "token < p.tokens && k0 + col < p.k", "k0 + col < p.k"),
+    Deletion("lora_linear_decode.cuh", "if (first + g < p.rank) load_A", "load_A"),
+    Deletion("lora_linear_decode.cuh", "if (first + g + 8 < p.rank) load_A", "load_A"),
+    Deletion("lora_linear_decode.cuh", "if (row + r < p.n) {", "{"),
+    Deletion("lora_linear_decode.cuh", "if (unit >= units) break;", ""),
+    Deletion("lora_linear_decode.cuh", "if (row < p.n) {", "{"),
+    Deletion("lora_linear_decode.cuh", "if (token >= p.tokens) continue;", ""),
+    Deletion("lora_linear_decode.cuh", "if (step < steps) {", "{"),
+    Deletion("lora_linear_decode.cuh", "if (last[0] == 0) return;", ""),
+    Deletion("lora_linear_decode.cuh", "if (thread == 0) p.counters[group] = 0;", ""),
+    Deletion("nf4_dequantize.cu", "i < total;", "i < total + 1;", 0),
+    Deletion("nf4_dequantize.cu", "i < total;", "i < total + 1;", 1),
+)
+
+JUSTIFIED = {
+    "lora_linear_decode.cuh #0: 'there ? 16 : 0' -> '16'": "what is copied in place of zeros belongs to rows that are "
+    "not stored and columns that are not multiplied; the zeros save the reading",
+    "lora_linear_decode.cuh #0: 'if (step < steps) {' -> '{'": "chunks behind the last one are fetched in vain, inside "
+    "W0, and not used",
+}
+
+
+def synchronisation() -> list[Deletion]:
+    found = []
+    for path in sorted([*CUDA.glob("*.cu"), *CUDA.glob("*.cuh")]):
+        if path.name in PRIMITIVES:
+            continue
+        seen: dict[str, int] = {}
+        code = re.sub(r"//[^\n]*", lambda m: " " * len(m.group()), path.read_text())
+        for match in SYNCHRONISATION.finditer(code):
+            text = match.group()
+            found.append(Deletion(path.name, text, "", seen.get(text, 0)))
+            seen[text] = seen.get(text, 0) + 1
+    return found
+
+
+def apply(deletion: Deletion, text: str) -> str:
+    code = re.sub(r"//[^\n]*", lambda m: " " * len(m.group()), text)
+    at = -1
+    for _ in range(deletion.occurrence + 1):
+        at = code.find(deletion.old, at + 1)
+        if at < 0:
+            raise SystemExit(f"{deletion}: not found: the kernels have changed, and so must this list")
+    return text[:at] + (deletion.new or ";") + text[at + len(deletion.old) :]
+
+
+def compile_object(source: Path, out: Path) -> None:
+    command = ["g++", *FLAGS, "-x", "c++", "-c", str(source), "-o", str(out)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+class Tree:
+    """A copy of what the driver is made of, with objects that are compiled again only where a file changed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        shutil.copytree(ROOT / "csrc", folder / "csrc")
+        shutil.copytree(ROOT / "tests" / "simt", folder / "tests" / "simt")
+
+    def sources(self) -> list[Path]:
+        kernels = sorted((self.folder / "csrc" / "cuda").glob("*.cu"))
+        return [*kernels, self.folder / "csrc" / "simt" / "engine.cpp", self.folder / "tests" / "simt" / "drive.cpp"]
+
+    def object(self, source: Path) -> Path:
+        return self.folder / (source.name + ".o")
+
+    def link(self, changed: str | None) -> Path:
+        for source in self.sources():
+            includes = changed is not None and changed in source.read_text()
+            if not self.object(source).exists() or source.name == changed or includes:
+                compile_object(source, self.object(source))
+        driver = self.folder / "drive"
+        objects = [str(self.object(source)) for source in self.sources()]
+        subprocess.run(["g++", *objects, "-o", str(driver)], check=True)
+        return driver
+
+
+def run(driver: Path, seeds: int) -> tuple[bool, str]:
+    """Whether every seed passed, and the first message where not."""
+    try:
+        done = subprocess.run([driver, "all", str(seeds)], capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        return False, f"no end within {TIMEOUT_S} s"
+    failures = [line for line in done.stdout.splitlines() if "seeds passed" not in line]
+    return done.returncode == 0, (failures or [f"exit status {done.returncode}"])[0]
+
+
+def check(deletion: Deletion, base: Path, seeds: int) -> tuple[Deletion, bool, str]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "tree"
+        shutil.copytree(base, folder)
+        tree = Tree.__new__(Tree)
+        tree.folder = folder
+        path = folder / "csrc" / "cuda" / deletion.file
+        path.write_text(apply(deletion, path.read_text()))
+        passed, message = run(tree.link(deletion.file), seeds)
+        return deletion, not passed, message
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description="Deletes every barrier, wait, fence and mask, one at a time.")
+    parser.add_argument("--seeds", type=int, default=100)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--only", default="", help="only deletions whose line contains this text")
+    arguments = parser.parse_args(argv)
+    deletions = [d for d in (*synchronisation(), *MASKS) if arguments.only in str(d)]
+    bad = 0
+    with tempfile.TemporaryDirectory() as name:
+        base = Tree(Path(name) / "tree")
+        passed, message = run(base.link(None), arguments.seeds)
+        print(f"the kernels as they are: {'passed' if passed else 'FAILED: ' + message}", flush=True)
+        if not passed:
+            return 1
+        with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
+            results = pool.map(lambda d: check(d, base.folder, arguments.seeds), deletions)
+            for deletion, caught, message in results:
+                reason = JUSTIFIED.get(str(deletion))
+                good = caught if reason is None else not caught
+                bad += not good
+                state = "caught" if caught else f"justified: {reason}" if reason else "NOT CAUGHT"
+                if caught and reason:
+                    state = "caught, but listed as justified"
+                print(f"{deletion}: {state}{': ' + message[:160] if caught else ''}", flush=True)
+    print(f"{len(deletions)} deletions, {bad} neither caught nor justified")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,214 @@
+// Random problems for the kernels of csrc/cuda on the stand-in, checked against plain loops in double: for the proofs
+// in this folder, the sanitizer build, and for gdb. No torch, no Python.
+#pragma once
+#include <cmath>
+#include <cstdio>
+#include <functional>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../../csrc/api.h"
+#include "../../csrc/cuda/ptx.cuh"
+#include "../../csrc/nf4.h"
+
+namespace problems {
+
+using Rng = std::mt19937_64;
+
+struct Wrong : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+inline int64_t between(Rng& rng, int64_t low, int64_t high) {
+  return low + static_cast<int64_t>(rng() % static_cast<uint64_t>(high - low + 1));
+}
+inline float normal(Rng& rng) { return std::normal_distribution<float>()(rng); }
+
+inline uint16_t to_16(int dtype, float x) { return dtype == LK_BF16 ? lk::ptx::cvt_rn_bf16(x) : lk::ptx::cvt_rn_f16(x); }
+inline float from_16(int dtype, uint16_t x) { return dtype == LK_BF16 ? lk::ptx::from_bf16(x) : lk::ptx::from_f16(x); }
+
+// Memory for one launch; registered with the stand-in under a name. Exactly as large as asked for.
+template <class T>
+struct Buffer {
+  std::unique_ptr<T[]> data;
+  size_t size;
+  explicit Buffer(size_t n) : data(std::make_unique<T[]>(n)), size(n) {}
+  T& operator[](size_t i) { return data[i]; }
+  const T& operator[](size_t i) const { return data[i]; }
+  T* get() { return data.get(); }
+  void use(const char* name, simt::Use how) {
+    if (size > 0) simt::add_memory(name, data.get(), size * sizeof(T), how);
+  }
+};
+
+inline void check_status(int status) {
+  if (status == LK_LAUNCH_FAILED) throw Wrong(lk::cuda::last_error());
+  if (status != LK_OK) throw Wrong("status " + std::to_string(status));
+}
+
+// Forgets the memory of the launch at the end, however it ends.
+struct Memory {
+  Memory() { simt::clear_memory(); }
+  ~Memory() { simt::clear_memory(); }
+};
+
+struct Nf4 {
+  int64_t n, blocksize;
+  bool nested;
+  Buffer<uint8_t> packed, codes;
+  Buffer<float> absmax, nested_absmax, offset;
+
+  static int64_t blocks(int64_t n, int64_t blocksize) { return (n + blocksize - 1) / blocksize; }
+  Nf4(Rng& rng, int64_t elements, int64_t block, bool is_nested)
+      : n(elements),
+        blocksize(block),
+        nested(is_nested),
+        packed((n + 1) / 2),
+        codes(nested ? blocks(n, block) : 0),
+        absmax(nested ? 0 : blocks(n, block)),
+        nested_absmax(nested ? blocks(blocks(n, block), 256) : 0),
+        offset(nested ? 1 : 0) {
+    for (size_t i = 0; i < packed.size; ++i) packed[i] = static_cast<uint8_t>(rng());
+    for (size_t i = 0; i < codes.size; ++i) codes[i] = static_cast<uint8_t>(rng());
+    for (size_t i = 0; i < absmax.size; ++i) absmax[i] = 0.05f + std::abs(normal(rng));
+    for (size_t i = 0; i < nested_absmax.size; ++i) nested_absmax[i] = 0.1f + 0.2f * std::abs(normal(rng));
+    if (nested) offset[0] = 0.5f;
+  }
+  float scale(int64_t block) const {
+    if (!nested) return absmax[block];
+    return lk::nf4::kDynamicMap[codes[block]] * nested_absmax[block / 256] + offset[0];
+  }
+  double weight(int64_t i) const {
+    const int nibble = i % 2 == 0 ? packed[i / 2] >> 4 : packed[i / 2] & 15;
+    return static_cast<double>(lk::nf4::kCodebook[nibble]) * scale(i / blocksize);
+  }
+  lk_nf4_weight view() {
+    using simt::Use;
+    packed.use("packed", Use::input), codes.use("absmax", Use::input), absmax.use("absmax", Use::input);
+    nested_absmax.use("nested_absmax", Use::input), offset.use("offset", Use::input);
+    return {packed.get(), nested ? static_cast<const void*>(codes.get()) : absmax.get(),
+            nested ? nested_absmax.get() : nullptr, nested ? offset.get() : nullptr, blocksize};
+  }
+};
+
+// nf4_dequantize of a random rectangle: aligned or ragged.
+inline void dequantize(Rng& rng) {
+  const bool aligned = rng() % 2 == 0;
+  const int64_t unit = aligned ? 16 : 1, k = unit * between(rng, 1, aligned ? 12 : 150), n = between(rng, 1, 40);
+  Nf4 w(rng, n * k, int64_t{32} << between(rng, 0, 3), rng() % 2 == 0);
+  const int64_t row = between(rng, 0, n - 1), col = unit * between(rng, 0, k / unit - 1);
+  const lk_region region = {k, row, between(rng, 1, n - row), col, unit * between(rng, 1, (k - col) / unit)};
+  const int dtype = static_cast<int>(rng() % 3);
+  const size_t size = dtype == LK_F32 ? 4 : 2;
+  Memory memory;
+  Buffer<uint32_t> out((region.rows * region.cols * size + 3) / 4);
+  simt::add_memory("out", out.get(), region.rows * region.cols * size, simt::Use::output);
+  const lk_nf4_weight weight = w.view();
+  check_status(lk_cuda_nf4_dequantize(&weight, &region, out.get(), dtype, region.cols, nullptr));
+  simt::check_outputs_written();
+  for (int64_t r = 0; r < region.rows; ++r) {
+    for (int64_t c = 0; c < region.cols; ++c) {
+      const int64_t i = (row + r) * k + col + c, o = r * region.cols + c;
+      const float want = static_cast<float>(w.weight(i));
+      const bool same = dtype == LK_F32
+                            ? reinterpret_cast<float*>(out.get())[o] == want
+                            : reinterpret_cast<uint16_t*>(out.get())[o] == to_16(dtype, want);
+      if (!same) throw Wrong("nf4_dequantize: wrong weight at " + std::to_string(r) + ", " + std::to_string(c));
+    }
+  }
+}
+
+// lora_linear_decode, several launches one after the other on the same counters.
+inline void decode(Rng& rng, bool clustered) {
+  const int dtype = rng() % 2 == 0 ? LK_BF16 : LK_F16;
+  const bool nf4 = rng() % 2 == 0, biased = rng() % 2 == 0;
+  const int64_t tokens = between(rng, 1, 8), k = 64 * between(rng, 1, 22), rank = between(rng, 0, 2) * between(rng, 1, 17);
+  const int64_t n = between(rng, 1, 150);
+  lk::cuda::pretended_device() = {static_cast<int>(between(rng, 1, 24)), clustered ? 90 : 80};
+  Buffer<uint16_t> x(tokens * k), dense(nf4 ? 0 : n * k), bias(biased ? n : 0), A(rank * k), B(n * rank);
+  Nf4 w(rng, nf4 ? n * k : 64, 64, rng() % 2 == 0);
+  for (auto* buffer : {&x, &dense, &bias, &A, &B}) {
+    for (size_t i = 0; i < buffer->size; ++i) (*buffer)[i] = to_16(dtype, normal(rng));
+  }
+  const double scaling = 0.5;
+  const lk_decode_space space = lk_cuda_lora_linear_decode_space(tokens, n, k, rank, nf4, clustered);
+  Buffer<uint32_t> counters(space.groups), workspace(space.workspace / 4);
+  Buffer<uint16_t> y(tokens * n), h(tokens * rank);
+  for (int launch = 0; launch < 2; ++launch) {
+    Memory memory;
+    using simt::Use;
+    x.use("x", Use::input), dense.use("weight", Use::input), bias.use("bias", Use::input);
+    A.use("lora_A", Use::input), B.use("lora_B", Use::input), y.use("y", Use::output), h.use("h", Use::output);
+    counters.use("counters", Use::inout), workspace.use("workspace", Use::output);
+    const lk_nf4_weight weight = nf4 ? w.view() : lk_nf4_weight{};
+    const lk_base_weight base = {nf4 ? &weight : nullptr, {dense.get(), dtype, k}, n, k};
+    const lk_adapter adapter = {{A.get(), dtype, k}, {B.get(), dtype, rank}, rank, scaling, 0, nullptr};
+    const lk_matrix rows = {x.get(), dtype, k}, addend = {biased ? bias.get() : nullptr, dtype, n};
+    check_status(clustered ? lk_cuda_lora_linear_decode_clustered(&rows, tokens, &base, &adapter, &addend, y.get(),
+                                                                  h.get(), nullptr)
+                           : lk_cuda_lora_linear_decode(&rows, tokens, &base, &adapter, &addend, y.get(), h.get(),
+                                                        workspace.get(), counters.get(), nullptr));
+    simt::check_outputs_written();
+    // Norms of rows of K terms of unit variance; a wrong fragment, row or slice is off by much more.
+    const double unit = dtype == LK_BF16 ? 8e-3 : 2e-3;
+    for (int64_t t = 0; t < tokens; ++t) {
+      std::vector<double> low(rank);
+      for (int64_t r = 0; r < rank; ++r) {
+        for (int64_t c = 0; c < k; ++c) low[r] += double{from_16(dtype, x[t * k + c])} * from_16(dtype, A[r * k + c]);
+        const double got = from_16(dtype, h[t * rank + r]), bound = unit * (std::abs(low[r]) + std::sqrt(double(k)));
+        if (!(std::abs(got - low[r]) <= bound)) throw Wrong("lora_linear_decode: wrong h");
+      }
+      for (int64_t o = 0; o < n; ++o) {
+        double sum = biased ? from_16(dtype, bias[o]) : 0, size = 1;
+        for (int64_t c = 0; c < k; ++c) {
+          const double product = from_16(dtype, x[t * k + c]) *
+                                 (nf4 ? w.weight(o * k + c) : double{from_16(dtype, dense[o * k + c])});
+          sum += product, size += product * product;
+        }
+        for (int64_t r = 0; r < rank; ++r) {
+          const double product = scaling * low[r] * from_16(dtype, B[o * rank + r]);
+          sum += product, size += product * product;
+        }
+        const double got = from_16(dtype, y[t * n + o]);
+        if (!(std::abs(got - sum) <= unit * (std::abs(sum) + std::sqrt(size)))) {
+          throw Wrong("lora_linear_decode: wrong y[" + std::to_string(t) + ", " + std::to_string(o) + "]: " +
+                      std::to_string(got) + ", expected " + std::to_string(sum));
+        }
+      }
+    }
+  }
+}
+
+struct Problem {
+  const char* name;
+  std::function<void(Rng&)> run;
+};
+inline const std::vector<Problem>& real_kernels() {
+  static const std::vector<Problem> all = {
+      {"nf4_dequantize", dequantize},
+      {"lora_linear_decode", [](Rng& rng) { decode(rng, false); }},
+      {"lora_linear_decode_clustered", [](Rng& rng) { decode(rng, true); }},
+  };
+  return all;
+}
+
+// Runs one problem with `seeds` seeds from `first` on; prints the first failure and the seed that repeats it.
+inline bool passes(const Problem& problem, uint64_t first, uint64_t seeds, bool verbose) {
+  for (uint64_t seed = first; seed < first + seeds; ++seed) {
+    Rng rng(seed);
+    simt::set_seed(seed);
+    try {
+      problem.run(rng);
+    } catch (const std::runtime_error& error) {
+      if (verbose) std::printf("%s: seed %llu: %s\n", problem.name, static_cast<unsigned long long>(seed), error.what());
+      return false;
+    }
+  }
+  if (verbose) std::printf("%s: %llu seeds passed\n", problem.name, static_cast<unsigned long long>(seeds));
+  return true;
+}
+
+}  // namespace problems
