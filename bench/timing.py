@@ -17,6 +17,7 @@ MIN_SAMPLE_S = 2e-3  # what one sample should last at least: well over the resol
 MAX_CALLS = 1024  # in one graph
 PAUSE_S = 5e-3  # longer than an OpenMP runtime's threads spin
 WARM_S = 50e-3  # a longer call hardly notices that threads had to be woken
+WAKE_S = 5e-3  # of calls that are not timed, after a pause, and then of calls that are
 SAMPLES = (5, 25)  # at least, at most
 
 
@@ -123,8 +124,8 @@ def interleaved_times(
     steadier than times. At least rounds[0] and at most rounds[1] rounds, about `budget_s` in all. A pause
     before each contender lets the threads of the one before go to sleep: a peer may bring an OpenMP runtime
     of its own, whose threads would otherwise wait, spinning, on the cores of the next. What is timed is the
-    steady state, as in a model whose layers follow one another: calls of under WARM_S are made once more
-    before the timed ones, which wakes the contender's own threads, and are repeated for MIN_SAMPLE_S.
+    steady state, as in a model whose layers follow one another: calls of under WARM_S are repeated for WAKE_S
+    untimed, which wakes the contender's own threads, and then for as long timed.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     began = time.perf_counter()
@@ -134,15 +135,15 @@ def interleaved_times(
         start = time.perf_counter()
         call(1)
         once = time.perf_counter() - start
-        repeats[name] = 0 if once > WARM_S else min(MAX_CALLS, max(1, math.ceil(MIN_SAMPLE_S / once)))
-    cost = time.perf_counter() - began + 2 * MIN_SAMPLE_S * len(contenders)
+        repeats[name] = 0 if once > WARM_S else min(MAX_CALLS, max(1, math.ceil(WAKE_S / once)))
+    cost = time.perf_counter() - began + 2 * WAKE_S * len(contenders)
     count = max(rounds[0], min(rounds[1], int(budget_s / max(cost, 1e-9))))
     for turn in range(count):
         for name, call in contenders.items():
             if pause_s > 0:
                 time.sleep(pause_s)
-            if repeats[name] > 0 and pause_s > 0:
-                call(turn)
+            for j in range(repeats[name] if pause_s > 0 else 0):
+                call(turn + j)
             timed = max(1, repeats[name])
             start = time.perf_counter()
             for j in range(timed):
