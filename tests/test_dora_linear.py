@@ -18,10 +18,11 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 class Case:
     def __init__(self, t, n, k, r, dtype, kind="normal", p=0.0, nf4=True, adapter_dtype=None, delta=0.25):
         self.x, self.dy = make_input(kind, t, k, dtype=dtype), torch.randn(t, n).to(dtype)
-        dense = (torch.randn(n, k) * k**-0.5).to(dtype)
+        std = max(k, 1) ** -0.5
+        dense = (torch.randn(n, k) * std).to(dtype)
         self.weight = lk.nf4_quantize(dense) if nf4 else dense
         adapter_dtype = adapter_dtype or dtype
-        self.A = (torch.randn(r, k) * k**-0.5).to(adapter_dtype)
+        self.A = (torch.randn(r, k) * std).to(adapter_dtype)
         self.B = (torch.randn(n, r) * delta * r**-0.5).to(adapter_dtype)
         self.m = (torch.rand(n) + 0.5).to(adapter_dtype)
         self.bias = torch.randn(n).to(dtype)
@@ -119,7 +120,7 @@ def test_equals_peft(kernels):
 @settings(max_examples=40, deadline=None)
 @given(
     leading=st.lists(st.integers(0, 4), max_size=3),
-    n=st.integers(1, 40),
+    n=st.integers(0, 40),
     k=st.integers(1, 130),
     r=st.integers(1, 9),
     p=st.sampled_from((0.0, 0.3)),
@@ -137,6 +138,18 @@ def test_any_shape(leading, n, k, r, p, name, seed):
     case.x, case.dy = case.x.reshape(t, k), case.dy.reshape(t, n)
     for out, truth in zip(outs, case.expected(torch.float64), strict=True):
         torch.testing.assert_close(out.reshape(truth.shape).double(), truth, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("nf4", [False, True])
+@pytest.mark.parametrize("tokens", [0, 1, 3, 20])
+def test_no_inputs_and_no_outputs(nf4, tokens, backend):
+    """K = 0: the norms are 0, but y is the bias, and magnitude / norm is in no output."""
+    case = Case(tokens, 9, 0, 2, torch.float32, p=0.2, nf4=nf4)
+    y, dx, dA, dB, dmagnitude, dbias = case.computed()
+    assert torch.equal(y, case.bias.expand(tokens, 9)) and dx.shape == (tokens, 0) and dA.shape == (2, 0)
+    assert not dB.any() and not dmagnitude.any() and torch.allclose(dbias, case.dy.sum(dim=0))
+    y, dx, dA, dB, dmagnitude, _ = Case(tokens, 0, 128, 2, torch.float32, nf4=nf4).computed()
+    assert y.shape == (tokens, 0) and dB.shape == (0, 2) and not dx.any() and not dA.any()
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
