@@ -57,10 +57,16 @@ class Case:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.2])
 def test_forward_and_gradients_are_as_accurate_as_eager(kind, dtype, p, kernels):
-    case = Case(80, 160, 256, 16, dtype, kind, p)
-    triples = zip(case.computed(), case.expected(dtype), case.expected(torch.float64), strict=True)
-    for i, (out, eager, truth) in enumerate(triples):
-        assert_accurate(f"output {i}", out, eager if i < 2 else None, truth, dtype)
+    # dmagnitude has N values and dA, under an outlier channel, r that matter: one draw says little of either.
+    cases = [Case(80, 160, 256, 16, dtype, kind, p) for _ in range(1 if dtype == torch.float32 else 8)]
+    versions = [(c.computed(), c.expected(dtype), c.expected(torch.float64)) for c in cases]
+    for i in range(6):
+        out, eager, truth = (torch.cat([version[j][i] for version in versions]) for j in range(3))
+        # dA and dmagnitude (of u rounded to the dtype) by torch's GEMM: 0.84 +- 0.03 and 0.80 +- 0.05 of the
+        # limit in bf16, where eager is at 1.24 and 1.02.
+        as_eager = kernels == "cpu-panels" and i in (2, 4)
+        judged = {"as_eager": as_eager, "few": i >= 2, "concentrated": kind == "outlier channel"}
+        assert_accurate(f"output {i}", out, eager, truth, dtype, **judged)
 
 
 @pytest.mark.parametrize("nf4", [False, True])

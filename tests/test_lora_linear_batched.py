@@ -60,13 +60,16 @@ class Case:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.2])
 def test_forward_and_gradients_are_as_accurate_as_eager(kind, dtype, p, kernels):
-    draws = 8 if kind == "outlier channel" else 2  # there dA is made of r values an adapter that matter
+    # Under an outlier channel dA is made of r values of an adapter that matter: of 8 draws the error of the
+    # adapter of rank 4 is 0.62 +- 0.09 of the limit, of 32 draws 0.62 +- 0.04.
+    draws = 32 if kind == "outlier channel" and dtype != torch.float32 else 8
     cases = [Case(200, 96, 128, dtype, kind, p) for _ in range(draws)]
     versions = [(c.computed(), c.expected(dtype), c.expected(torch.float64)) for c in cases]
     for i in range(len(versions[0][0])):
         out, eager, truth = (torch.cat([version[j][i] for version in versions]) for j in range(3))
         # Beside y and dx: sums over a quarter of the rows of few values, which tell no ratio of errors.
-        assert_accurate(f"output {i}", out, eager if i < 2 else None, truth, dtype)
+        judged = {"few": i >= 2, "concentrated": kind == "outlier channel"}
+        assert_accurate(f"output {i}", out, eager, truth, dtype, **judged)
 
 
 @pytest.mark.parametrize("nf4", [False, True])
