@@ -5,6 +5,7 @@ PEFT reads what `save_adapter` writes and the reverse. Keys are
 """
 
 import contextlib
+import glob
 import json
 import os
 import re
@@ -45,6 +46,15 @@ def write_atomically(path: Path, data: bytes) -> None:
         with contextlib.suppress(OSError):
             part.unlink()
         raise
+
+
+def remove_parts(path: Path) -> None:
+    """Removes what `write_atomically(path)` of a process that was killed has left beside the file.
+
+    Nobody else may be writing the file.
+    """
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        part.unlink(missing_ok=True)
 
 
 def _target_modules(model: nn.Module, names: list[str]) -> list[str]:
