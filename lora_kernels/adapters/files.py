@@ -18,13 +18,31 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from lora_kernels.adapters.inject import convert, linear_layers, lora_layers, matches, replace_modules
+from lora_kernels.adapters.inject import (
+    bypassed_layers,
+    convert,
+    linear_layers,
+    lora_layers,
+    matches,
+    refuse_bypassed,
+    replace_modules,
+)
 from lora_kernels.linear import FusedLoRALinear, LoRASpec
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight")
+# Entries of adapter_config.json that are read here, and those that tell what the matrices were trained on and
+# how they started: whatever they hold, the matrices mean the same. An entry that is neither may change what
+# the adapter computes, as one of a later PEFT would.
+_UNDERSTOOD = {
+    *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "bias"),
+    *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "task_type"),
+    *("base_model_name_or_path", "revision", "auto_mapping", "peft_version", "inference_mode"),
+    *("runtime_config", "megatron_core", "qalora_group_size", "ensure_weight_tying"),
+}
 # Initialisations that also change the base weights: the adapter alone does not say what the model was.
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -148,11 +166,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{file}: init_lora_weights is {init!r}, which changed the base weights as well; convert the "
             "adapter with PEFT (save_pretrained(..., path_initial_model_for_weight_conversion=...)) first"
         )
-    for feature in ("use_dora", "modules_to_save", "lora_bias", "use_qalora", "fan_in_fan_out"):
-        if config.get(feature):
-            raise ValueError(
-                f"{file}: {feature} is {config[feature]!r}, which FusedLoRALinear does not support"
-            )
+    for feature, value in config.items():
+        if value and feature not in _UNDERSTOOD:  # PEFT's default of everything else is null, false or empty
+            raise ValueError(f"{file}: {feature} is {value!r}, which FusedLoRALinear does not support")
     if config.get("bias", "none") != "none":
         raise ValueError(f"{file}: bias is {config['bias']!r}, expected 'none'")
     for field in ("r", "lora_alpha"):
@@ -233,6 +249,7 @@ def load_adapter(
     folder = Path(path)
     config, matrices = _read_config(folder), _read_matrices(folder)
     layers = linear_layers(model)
+    refuse_bypassed(bypassed_layers(model) & matrices.keys(), str(folder))
     specs: dict[str, LoRASpec] = {}
     for module, pair in matrices.items():
         layer = layers.get(module)
