@@ -26,6 +26,7 @@ from lora_kernels.adapters.inject import (
     matches,
     refuse_bypassed,
     replace_modules,
+    uncompiled,
 )
 from lora_kernels.linear import FusedLoRALinear, LoRASpec
 
@@ -78,7 +79,8 @@ def remove_parts(path: Path) -> None:
 def _target_modules(model: nn.Module, names: list[str]) -> list[str]:
     """The shortest target_modules that mean exactly `names`: last path components where those do."""
     short = sorted({name.rsplit(".", 1)[-1] for name in names})
-    meant = {name for name in linear_layers(model) if any(matches(name, target) for target in short)}
+    layers = map(uncompiled, linear_layers(model))
+    meant = {name for name in layers if any(matches(name, target) for target in short)}
     return short if meant == set(names) else sorted(names)
 
 
@@ -89,6 +91,7 @@ def _most_common(values: list[Any]) -> Any:
 def adapter_config(model: nn.Module, adapter_name: str = "default") -> dict[str, Any]:
     """The content of adapter_config.json; a rank or alpha other than the most common goes into a pattern."""
     specs = {name: layer.adapter_specs[adapter_name] for name, layer in _carriers(model, adapter_name)}
+    model = getattr(model, "_orig_mod", model)  # of torch.compile(model)
     r = _most_common([spec.r for spec in specs.values()])
     alpha = _most_common([spec.lora_alpha for spec in specs.values()])
     for what in ("lora_dropout", "use_rslora"):
@@ -119,10 +122,11 @@ def adapter_config(model: nn.Module, adapter_name: str = "default") -> dict[str,
 
 
 def _carriers(model: nn.Module, adapter_name: str) -> list[tuple[str, FusedLoRALinear]]:
-    found = [(name, layer) for name, layer in lora_layers(model) if adapter_name in layer.adapter_specs]
+    """The layers with that adapter, by the names that they have in a model that is not compiled."""
+    found = [(n, layer) for n, layer in lora_layers(model) if adapter_name in layer.adapter_specs]
     if not found:
         raise ValueError(f"no layer of the model has an adapter {adapter_name!r}")
-    return found
+    return [(uncompiled(name), layer) for name, layer in found]
 
 
 def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
@@ -248,8 +252,9 @@ def load_adapter(
     """
     folder = Path(path)
     config, matrices = _read_config(folder), _read_matrices(folder)
-    layers = linear_layers(model)
-    refuse_bypassed(bypassed_layers(model) & matrices.keys(), str(folder))
+    places = {uncompiled(name): name for name in linear_layers(model)}
+    layers = {name: model.get_submodule(place) for name, place in places.items()}
+    refuse_bypassed(matrices.keys() & map(uncompiled, bypassed_layers(model)), str(folder))
     specs: dict[str, LoRASpec] = {}
     for module, pair in matrices.items():
         layer = layers.get(module)
@@ -287,7 +292,7 @@ def load_adapter(
     replace_modules(model, made)
     model.requires_grad_(False)
     for module, pair in matrices.items():
-        layer, spec = model.get_submodule(module), specs[module]
+        layer, spec = model.get_submodule(places[module]), specs[module]
         half = pair["A"].dtype in (torch.float16, torch.bfloat16)
         dtype = adapter_dtype or (torch.float32 if half else pair["A"].dtype)
         layer.add_adapter(

@@ -20,6 +20,11 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, FusedLoRALinear]]:
             yield name, module
 
 
+def uncompiled(name: str) -> str:
+    """A module's path without the wrappers that torch.compile(module) puts into it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
 def bypassed_layers(model: nn.Module) -> set[str]:
     """Names of linear layers whose forward is never called, so that an adapter there would do nothing.
 

@@ -131,6 +131,31 @@ def test_an_adapter_of_a_layer_that_is_never_called_is_refused(tmp_path):
     assert_unchanged(ours, before)
 
 
+WRAPPED = {
+    "whole": torch.compile,
+    "a block": lambda model: wrapped(model, "layers.0"),
+    "a layer": lambda model: wrapped(model, "layers.1.down"),
+    "twice": lambda model: torch.compile(wrapped(model, "layers.1")),
+}
+
+
+def wrapped(model, name):
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, torch.compile(model.get_submodule(name)))
+    return model
+
+
+@pytest.mark.parametrize("how", WRAPPED)
+def test_a_compiled_model_is_saved_and_loaded_under_its_own_names(how, base, saved, tmp_path):
+    folder, model = saved
+    lk.save_adapter(WRAPPED[how](model), tmp_path / "compiled")
+    for name in (files.CONFIG_FILE, files.WEIGHTS_FILE):
+        assert (tmp_path / "compiled" / name).read_bytes() == (folder / name).read_bytes()
+    assert lk.load_adapter(WRAPPED[how](base), folder) == [
+        f"layers.{i}.{name}" for i in range(2) for name in ("down", "q_proj")
+    ]
+
+
 @pytest.mark.parametrize("pattern", [False, True])
 def test_what_we_wrote_computes_the_same_in_peft(pattern, base, tmp_path):
     ours = copy.deepcopy(base)
