@@ -214,19 +214,25 @@ def dora_linear_backward(
             total += (piece.to(norm.dtype) * other.to(norm.dtype)).sum(dim=0)
         dmagnitude.copy_(keep * total / norm)
         del u
+    if dA is not None or dB is not None:
+        # c goes into the factors of rank r, in c's precision: dA and dB are rounded once.
+        whole = None if dB is None else torch.empty_like(lora_B, dtype=norm.dtype)
+        columns = c.unsqueeze(1)
+        arguments = (dy, x, h, base, lora_A, columns * lora_B.to(norm.dtype), scaling, dropout_p, rng)
+        kernels.lora_linear_backward(*arguments, None, dA, whole, None)
+        if dB is not None:
+            dB.copy_(whole.mul_(columns))
+    if dx is None:
+        return
     scaled = torch.mul(dy, c, out=torch.empty_like(dy))  # dy of u
     if dropout_p == 0:
-        arguments = (scaled, x, h, base, lora_A, lora_B, scaling, 0.0, None)
-        kernels.lora_linear_backward(*arguments, dx, dA, dB, None)
+        arguments = (scaled, None, None, base, lora_A, lora_B, scaling, 0.0, None)
+        kernels.lora_linear_backward(*arguments, dx, None, None, None)
         return
-    arguments = (scaled, x, h, base, lora_A, lora_B, scaling, dropout_p, rng)
-    if dA is not None or dB is not None:
-        kernels.lora_linear_backward(*arguments, None, dA, dB, None)
-    if dx is not None:
-        _base_gradient(kernels, torch.mul(dy, c - 1, out=torch.empty_like(dy)), base, dx)
-        g = (scaled @ lora_B.to(dy.dtype)).mul_(scaling)
-        dx.addmm_(g, lora_A.to(dy.dtype)).mul_(keep)
-        kernels.panels.lora_dropout(dx, dropout_p, rng, 0, dx)
-        straight = torch.empty_like(dx)
-        _base_gradient(kernels, dy, base, straight)
-        dx.add_(straight)
+    _base_gradient(kernels, torch.mul(dy, c - 1, out=torch.empty_like(dy)), base, dx)
+    g = (scaled @ lora_B.to(dy.dtype)).mul_(scaling)
+    dx.addmm_(g, lora_A.to(dy.dtype)).mul_(keep)
+    kernels.panels.lora_dropout(dx, dropout_p, rng, 0, dx)
+    straight = torch.empty_like(dx)
+    _base_gradient(kernels, dy, base, straight)
+    dx.add_(straight)

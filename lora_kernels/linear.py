@@ -71,7 +71,7 @@ class FusedLoRALinear(nn.Module):
     The state dict has the layout of bitsandbytes' Linear4bit for an NF4 base (`weight`, `weight.absmax`,
     ...), of nn.Linear for a dense one, and PEFT's names for the adapters; merging does not change it.
     Conversions such as `.to(torch.bfloat16)` cast dense weights and adapters and leave NF4 codes and scales
-    as they are.
+    as they are; a weight merged afterwards has the new dtype.
 
     Raises:
         ValueError: a bad r, lora_alpha, lora_dropout, quantize, blocksize, or adapter name.
@@ -210,7 +210,10 @@ class FusedLoRALinear(nn.Module):
 
     @property
     def base_dtype(self) -> torch.dtype:
-        """The dtype of a dense W0, or what an NF4 one had before it was quantised; merging returns it."""
+        """The dtype of a dense W0, or what an NF4 one had before it was quantised; merging returns it.
+
+        Casts (`.to(torch.bfloat16)`) change it, though not the codes.
+        """
         return self.weight.dtype if self._dtype_before_nf4 is None else self._dtype_before_nf4
 
     def base_weight(self) -> Tensor | NF4Weight:
@@ -227,7 +230,9 @@ class FusedLoRALinear(nn.Module):
         """W0 [N, K] as a dense tensor: the weight itself where it is dense and of that dtype already."""
         base = self.base_weight()
         dtype = self.base_dtype if dtype is None else dtype
-        return base.dequantize(dtype) if isinstance(base, NF4Weight) else base.detach().to(dtype)
+        if isinstance(base, NF4Weight):  # its values are float32 products: float64 adds nothing to them
+            return base.dequantize(torch.float32 if dtype == torch.float64 else dtype).to(dtype)
+        return base.detach().to(dtype)
 
     # ---- adapters ------------------------------------------------------------------------------------------
 
@@ -357,6 +362,9 @@ class FusedLoRALinear(nn.Module):
         # Casting a module (.half(), .to(dtype)) must move codes and scales but never round them.
         before = {name: self._buffers[name] for name in _NF4_BUFFERS}
         codes = self.weight.data
+        if self._dtype_before_nf4 is not None:  # what merging returns follows, as a dense weight would
+            as_cast = fn(torch.empty(0, dtype=self._dtype_before_nf4, device=codes.device))
+            self._dtype_before_nf4 = as_cast.dtype
         super()._apply(fn, recurse)
         for name, tensor in before.items():
             now = self._buffers[name]
@@ -438,6 +446,9 @@ class FusedLoRALinear(nn.Module):
         assign = local_metadata.get("assign_to_params_buffers", False)
         if assign:
             self.weight = nn.Parameter(loaded.packed, requires_grad=False)
+            # A dense weight would take over the dtype too, and go with the bias that comes with it.
+            bias = state_dict.get(prefix + "bias")
+            self._dtype_before_nf4 = loaded.dtype if bias is None else bias.dtype
         else:
             self.weight.data.copy_(loaded.packed)
         for name in _NF4_BUFFERS:
@@ -446,7 +457,6 @@ class FusedLoRALinear(nn.Module):
                 self._buffers[name] = value
             elif buffer is not None:
                 buffer.copy_(value)
-        self._dtype_before_nf4 = loaded.dtype
 
     def extra_repr(self) -> str:
         base = "dense" if self.blocksize is None else f"nf4, blocksize={self.blocksize}"

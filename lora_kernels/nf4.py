@@ -11,7 +11,12 @@ from lora_kernels import checks, ops, reference  # noqa: F401 - ops defines them
 from lora_kernels.base_weight import BaseWeight
 
 _QUANT_STATE = "quant_state.bitsandbytes__nf4"
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,  # of a layer that was cast by .double(): nothing is quantised from it
+}
 
 
 class NF4Weight:

@@ -47,6 +47,11 @@ def _rows(x: Tensor) -> Tensor:
     return flat if plain else flat.contiguous()
 
 
+def _as_rows(out: Tensor) -> Tensor:
+    """An output [..., K] as a view [T, K]; view(-1, K) does not know T where K is 0."""
+    return out.view(math.prod(out.shape[:-1]), out.shape[-1])
+
+
 def _contiguous(base: BaseWeight) -> BaseWeight:
     if not base.quantized:
         return base
@@ -265,7 +270,7 @@ def _lora_linear_backward(*args) -> tuple[Tensor, ...]:
             if out is not None:
                 out.zero_()
         return _present(outputs, dy)
-    dx = None if outputs[0] is None else outputs[0].view(-1, base.in_features)
+    dx = None if outputs[0] is None else _as_rows(outputs[0])
     x = _rows(x) if needs[1] else None
     h = h if needs[2] else None
     backend_for(dy.device).lora_linear_backward(
@@ -391,7 +396,7 @@ def _lora_linear_batched_backward(*args):
         h,
         _contiguous(base),
         *(lora_A, lora_B, scaling, adapter_index.reshape(-1), dropout_p, rng),
-        *(None if dx is None else dx.view(-1, base.in_features), dA, dB, dbias),
+        *(None if dx is None else _as_rows(dx), dA, dB, dbias),
     )
     return _present_lists(dy, dx, dA, dB, dbias)
 
@@ -445,7 +450,11 @@ def _dora_linear_outputs(
 def _dora_linear(*args) -> tuple[Tensor, Tensor, Tensor]:
     base, y, h, norm = _dora_linear_outputs(*args)
     x, lora_A, lora_B, magnitude, scaling, bias, dropout_p, rng = args[0], *args[7:]
-    if y.device.type != "meta":
+    if y.device.type != "meta" and base.in_features == 0:  # the norms are 0: no magnitude / norm
+        y.zero_() if bias is None else y.copy_(bias.expand_as(y))
+        h.zero_()
+        norm.zero_()
+    elif y.device.type != "meta":
         arguments = (lora_A, lora_B, magnitude, scaling, bias, dropout_p, rng)
         y2 = y.view(h.shape[0], base.out_features)
         backend_for(x.device).dora_linear(_rows(x), _contiguous(base), *arguments, y2, h, norm)
@@ -505,12 +514,14 @@ def _dora_linear_backward(*args) -> tuple[Tensor, ...]:
     dy, x, h, norm = args[:4]
     if dy.device.type == "meta":
         return _present(outputs, dy)
-    if math.prod(dy.shape[:-1]) == 0:
+    if math.prod(dy.shape[:-1]) == 0 or base.in_features == 0:
         for out in outputs:
             if out is not None:
                 out.zero_()
+        if outputs[4] is not None:
+            torch.sum(_rows(dy), dim=0, dtype=outputs[4].dtype, out=outputs[4])
         return _present(outputs, dy)
-    dx = None if outputs[0] is None else outputs[0].view(-1, base.in_features)
+    dx = None if outputs[0] is None else _as_rows(outputs[0])
     backend_for(dy.device).dora_linear_backward(
         _rows(dy), _rows(x), h, norm, _contiguous(base), *args[10:16], dx, *outputs[1:]
     )

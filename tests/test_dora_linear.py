@@ -18,10 +18,11 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 class Case:
     def __init__(self, t, n, k, r, dtype, kind="normal", p=0.0, nf4=True, adapter_dtype=None, delta=0.25):
         self.x, self.dy = make_input(kind, t, k, dtype=dtype), torch.randn(t, n).to(dtype)
-        dense = (torch.randn(n, k) * k**-0.5).to(dtype)
+        std = max(k, 1) ** -0.5
+        dense = (torch.randn(n, k) * std).to(dtype)
         self.weight = lk.nf4_quantize(dense) if nf4 else dense
         adapter_dtype = adapter_dtype or dtype
-        self.A = (torch.randn(r, k) * k**-0.5).to(adapter_dtype)
+        self.A = (torch.randn(r, k) * std).to(adapter_dtype)
         self.B = (torch.randn(n, r) * delta * r**-0.5).to(adapter_dtype)
         self.m = (torch.rand(n) + 0.5).to(adapter_dtype)
         self.bias = torch.randn(n).to(dtype)
@@ -56,10 +57,16 @@ class Case:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.2])
 def test_forward_and_gradients_are_as_accurate_as_eager(kind, dtype, p, kernels):
-    case = Case(80, 160, 256, 16, dtype, kind, p)
-    triples = zip(case.computed(), case.expected(dtype), case.expected(torch.float64), strict=True)
-    for i, (out, eager, truth) in enumerate(triples):
-        assert_accurate(f"output {i}", out, eager if i < 2 else None, truth, dtype)
+    # dmagnitude has N values and dA, under an outlier channel, r that matter: one draw says little of either.
+    cases = [Case(80, 160, 256, 16, dtype, kind, p) for _ in range(1 if dtype == torch.float32 else 8)]
+    versions = [(c.computed(), c.expected(dtype), c.expected(torch.float64)) for c in cases]
+    for i in range(6):
+        out, eager, truth = (torch.cat([version[j][i] for version in versions]) for j in range(3))
+        # dA and dmagnitude (of u rounded to the dtype) by torch's GEMM: 0.84 +- 0.03 and 0.80 +- 0.05 of the
+        # limit in bf16, where eager is at 1.24 and 1.02.
+        as_eager = kernels == "cpu-panels" and i in (2, 4)
+        judged = {"as_eager": as_eager, "few": i >= 2, "concentrated": kind == "outlier channel"}
+        assert_accurate(f"output {i}", out, eager, truth, dtype, **judged)
 
 
 @pytest.mark.parametrize("nf4", [False, True])
@@ -119,7 +126,7 @@ def test_equals_peft(kernels):
 @settings(max_examples=40, deadline=None)
 @given(
     leading=st.lists(st.integers(0, 4), max_size=3),
-    n=st.integers(1, 40),
+    n=st.integers(0, 40),
     k=st.integers(1, 130),
     r=st.integers(1, 9),
     p=st.sampled_from((0.0, 0.3)),
@@ -137,6 +144,18 @@ def test_any_shape(leading, n, k, r, p, name, seed):
     case.x, case.dy = case.x.reshape(t, k), case.dy.reshape(t, n)
     for out, truth in zip(outs, case.expected(torch.float64), strict=True):
         torch.testing.assert_close(out.reshape(truth.shape).double(), truth, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("nf4", [False, True])
+@pytest.mark.parametrize("tokens", [0, 1, 3, 20])
+def test_no_inputs_and_no_outputs(nf4, tokens, backend):
+    """K = 0: the norms are 0, but y is the bias, and magnitude / norm is in no output."""
+    case = Case(tokens, 9, 0, 2, torch.float32, p=0.2, nf4=nf4)
+    y, dx, dA, dB, dmagnitude, dbias = case.computed()
+    assert torch.equal(y, case.bias.expand(tokens, 9)) and dx.shape == (tokens, 0) and dA.shape == (2, 0)
+    assert not dB.any() and not dmagnitude.any() and torch.allclose(dbias, case.dy.sum(dim=0))
+    y, dx, dA, dB, dmagnitude, _ = Case(tokens, 0, 128, 2, torch.float32, nf4=nf4).computed()
+    assert y.shape == (tokens, 0) and dB.shape == (0, 2) and not dx.any() and not dA.any()
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])

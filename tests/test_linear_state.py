@@ -11,6 +11,8 @@ from linear_cases import BASES, STATE, K, N, T, assert_same_tensors, gradients, 
 from numerics import LIMIT, relative_error
 from torch import nn
 
+import lora_kernels as lk
+
 
 @pytest.fixture(params=BASES)
 def base(request):
@@ -92,6 +94,46 @@ def test_assign_takes_over_the_dtype_of_a_dense_weight():
     assert layer.base_dtype == layer.weight.dtype == torch.bfloat16
     layer.merge()
     assert layer(x).dtype == y.dtype
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("base", ["nested", "plain"])
+def test_merging_after_a_cast_gives_a_weight_of_the_new_dtype(base, bias):
+    for before, after in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        x = torch.randn(T, K).to(after)
+        layer = make(base, dtype=before, bias=bias).to(after)
+        y = layer(x)
+        layer.merge()
+        assert layer.base_dtype == layer.merged_weight.dtype == after
+        merged = layer(x)
+        assert merged.dtype == after
+        assert relative_error(merged.detach(), y.detach().double()) <= 2 * LIMIT[torch.bfloat16]
+        layer.unmerge()
+        model = nn.Sequential(through_torch_save(layer, weights_only=False))
+        lk.merge_and_unload(model)
+        assert model[0].weight.dtype == after and model(x).dtype == after
+        double = make(base, dtype=before, bias=bias).double()
+        assert double.dequantized_weight().dtype == torch.float64
+        state = double.state_dict()
+        assert make(base, bias=bias).load_state_dict(state) == ([], [])
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("bias", [True, False])
+def test_loading_another_dtype_leaves_one_dtype(assign, bias):
+    """A copy keeps the layer's dtype, as nn.Linear does; with assign the dtype of what is loaded."""
+    layer = make("nested", dtype=torch.bfloat16, bias=bias)
+    state = make("nested", dtype=torch.float32, bias=bias).state_dict()
+    layer.load_state_dict(state, assign=assign)
+    dtype = torch.float32 if assign else torch.bfloat16
+    assert layer.base_dtype == dtype and (not bias or layer.bias.dtype == dtype)
+    layer.merge()
+    assert layer(torch.randn(T, K).to(dtype)).dtype == dtype
+    if bias:  # a state dict that was cast since it was saved: its quant_state tells the old dtype
+        state["bias"] = state["bias"].half()
+        other = make("nested")
+        other.load_state_dict(state, assign=True)
+        assert other.base_dtype == torch.float16
 
 
 def test_loading_into_a_merged_layer_is_not_lost():

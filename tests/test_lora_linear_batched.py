@@ -18,10 +18,11 @@ SCALES = (0.5, 1.5, -1.0)
 class Case:
     def __init__(self, t, n, k, dtype, kind="normal", p=0.0, nf4=True, adapter_dtype=None, index=None):
         self.x, self.dy = make_input(kind, t, k, dtype=dtype), torch.randn(t, n).to(dtype)
-        dense = (torch.randn(n, k) * k**-0.5).to(dtype)
+        std = max(k, 1) ** -0.5
+        dense = (torch.randn(n, k) * std).to(dtype)
         self.weight = lk.nf4_quantize(dense) if nf4 else dense
         adapter_dtype = adapter_dtype or dtype
-        self.A = [(torch.randn(r, k) * k**-0.5).to(adapter_dtype) for r in RANKS]
+        self.A = [(torch.randn(r, k) * std).to(adapter_dtype) for r in RANKS]
         self.B = [(torch.randn(n, r) * 0.25 * r**-0.5).to(adapter_dtype) for r in RANKS]
         self.index = torch.randint(-1, len(RANKS), (t,)) if index is None else index
         self.bias = torch.randn(n).to(dtype)
@@ -59,13 +60,16 @@ class Case:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.2])
 def test_forward_and_gradients_are_as_accurate_as_eager(kind, dtype, p, kernels):
-    draws = 8 if kind == "outlier channel" else 2  # there dA is made of r values an adapter that matter
+    # Under an outlier channel dA is made of r values of an adapter that matter: of 8 draws the error of the
+    # adapter of rank 4 is 0.62 +- 0.09 of the limit, of 32 draws 0.62 +- 0.04.
+    draws = 32 if kind == "outlier channel" and dtype != torch.float32 else 8
     cases = [Case(200, 96, 128, dtype, kind, p) for _ in range(draws)]
     versions = [(c.computed(), c.expected(dtype), c.expected(torch.float64)) for c in cases]
     for i in range(len(versions[0][0])):
         out, eager, truth = (torch.cat([version[j][i] for version in versions]) for j in range(3))
         # Beside y and dx: sums over a quarter of the rows of few values, which tell no ratio of errors.
-        assert_accurate(f"output {i}", out, eager if i < 2 else None, truth, dtype)
+        judged = {"few": i >= 2, "concentrated": kind == "outlier channel"}
+        assert_accurate(f"output {i}", out, eager, truth, dtype, **judged)
 
 
 @pytest.mark.parametrize("nf4", [False, True])
@@ -98,8 +102,8 @@ def test_base_alone_and_no_adapters(backend):
 @settings(max_examples=40, deadline=None)
 @given(
     leading=st.lists(st.integers(0, 4), max_size=3),
-    n=st.integers(1, 40),
-    k=st.integers(1, 130),
+    n=st.integers(0, 40),
+    k=st.integers(0, 130),
     p=st.sampled_from((0.0, 0.3)),
     name=st.sampled_from(VARIANTS),
     seed=st.integers(0, 2**31 - 1),
@@ -116,6 +120,17 @@ def test_any_shape_and_index(leading, n, k, p, name, seed):
     case.x, case.dy, case.index = case.x.reshape(t, k), case.dy.reshape(t, n), case.index.reshape(t)
     for out, truth in zip(outs, case.expected(torch.float64), strict=True):
         torch.testing.assert_close(out.reshape(truth.shape).double(), truth, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("nf4", [False, True])
+def test_no_inputs_and_no_outputs(nf4, backend):
+    for tokens in (1, 3, 20):
+        case = Case(tokens, 9, 0, torch.float32, nf4=nf4, p=0.2)
+        y, dx, dbias, *rest = case.computed()
+        assert torch.equal(y, case.bias.expand(tokens, 9)) and dx.shape == (tokens, 0)
+        assert torch.allclose(dbias, case.dy.sum(dim=0)) and not any(grad.any() for grad in rest)
+        y, dx, _, *rest = Case(tokens, 0, 128, torch.float32, nf4=nf4, p=0.2).computed()
+        assert y.shape == (tokens, 0) and not dx.any() and not any(grad.any() for grad in rest)
 
 
 def test_only_what_is_asked_for_is_computed(backend):

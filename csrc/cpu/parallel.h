@@ -10,8 +10,8 @@
 namespace lk::cpu {
 
 // Calls f(begin, end) on ranges that cover [0, n), each of at least `grain` items (but the last). f must not
-// throw. Threads take the next range when they are done with one: a thread that wakes up late, or whose core is
-// busy with something else, then holds up nobody. Which thread gets which range is not determined, so f's
+// throw. Threads take the next range when they are done with one: a thread that wakes up late, or whose core
+// is busy with something else, then holds up nobody. Which thread gets which range is not determined, so f's
 // results may not depend on it.
 template <class F>
 void parallel_for(int64_t n, int64_t grain, const F& f) {

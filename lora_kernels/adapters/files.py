@@ -5,6 +5,7 @@ PEFT reads what `save_adapter` writes and the reverse. Keys are
 """
 
 import contextlib
+import glob
 import json
 import os
 import re
@@ -17,13 +18,32 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from lora_kernels.adapters.inject import convert, linear_layers, lora_layers, matches, replace_modules
+from lora_kernels.adapters.inject import (
+    bypassed_layers,
+    convert,
+    linear_layers,
+    lora_layers,
+    matches,
+    refuse_bypassed,
+    replace_modules,
+    uncompiled,
+)
 from lora_kernels.linear import FusedLoRALinear, LoRASpec
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight")
+# Entries of adapter_config.json that are read here, and those that tell what the matrices were trained on and
+# how they started: whatever they hold, the matrices mean the same. An entry that is neither may change what
+# the adapter computes, as one of a later PEFT would.
+_UNDERSTOOD = {
+    *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "bias"),
+    *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "task_type"),
+    *("base_model_name_or_path", "revision", "auto_mapping", "peft_version", "inference_mode"),
+    *("runtime_config", "megatron_core", "qalora_group_size", "ensure_weight_tying"),
+}
 # Initialisations that also change the base weights: the adapter alone does not say what the model was.
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -47,10 +67,20 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise
 
 
+def remove_parts(path: Path) -> None:
+    """Removes what `write_atomically(path)` of a process that was killed has left beside the file.
+
+    Nobody else may be writing the file.
+    """
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        part.unlink(missing_ok=True)
+
+
 def _target_modules(model: nn.Module, names: list[str]) -> list[str]:
     """The shortest target_modules that mean exactly `names`: last path components where those do."""
     short = sorted({name.rsplit(".", 1)[-1] for name in names})
-    meant = {name for name in linear_layers(model) if any(matches(name, target) for target in short)}
+    layers = map(uncompiled, linear_layers(model))
+    meant = {name for name in layers if any(matches(name, target) for target in short)}
     return short if meant == set(names) else sorted(names)
 
 
@@ -61,6 +91,7 @@ def _most_common(values: list[Any]) -> Any:
 def adapter_config(model: nn.Module, adapter_name: str = "default") -> dict[str, Any]:
     """The content of adapter_config.json; a rank or alpha other than the most common goes into a pattern."""
     specs = {name: layer.adapter_specs[adapter_name] for name, layer in _carriers(model, adapter_name)}
+    model = getattr(model, "_orig_mod", model)  # of torch.compile(model)
     r = _most_common([spec.r for spec in specs.values()])
     alpha = _most_common([spec.lora_alpha for spec in specs.values()])
     for what in ("lora_dropout", "use_rslora"):
@@ -91,10 +122,11 @@ def adapter_config(model: nn.Module, adapter_name: str = "default") -> dict[str,
 
 
 def _carriers(model: nn.Module, adapter_name: str) -> list[tuple[str, FusedLoRALinear]]:
-    found = [(name, layer) for name, layer in lora_layers(model) if adapter_name in layer.adapter_specs]
+    """The layers with that adapter, by the names that they have in a model that is not compiled."""
+    found = [(n, layer) for n, layer in lora_layers(model) if adapter_name in layer.adapter_specs]
     if not found:
         raise ValueError(f"no layer of the model has an adapter {adapter_name!r}")
-    return found
+    return [(uncompiled(name), layer) for name, layer in found]
 
 
 def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
@@ -138,11 +170,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{file}: init_lora_weights is {init!r}, which changed the base weights as well; convert the "
             "adapter with PEFT (save_pretrained(..., path_initial_model_for_weight_conversion=...)) first"
         )
-    for feature in ("use_dora", "modules_to_save", "lora_bias", "use_qalora", "fan_in_fan_out"):
-        if config.get(feature):
-            raise ValueError(
-                f"{file}: {feature} is {config[feature]!r}, which FusedLoRALinear does not support"
-            )
+    for feature, value in config.items():
+        if value and feature not in _UNDERSTOOD:  # PEFT's default of everything else is null, false or empty
+            raise ValueError(f"{file}: {feature} is {value!r}, which FusedLoRALinear does not support")
     if config.get("bias", "none") != "none":
         raise ValueError(f"{file}: bias is {config['bias']!r}, expected 'none'")
     for field in ("r", "lora_alpha"):
@@ -222,7 +252,9 @@ def load_adapter(
     """
     folder = Path(path)
     config, matrices = _read_config(folder), _read_matrices(folder)
-    layers = linear_layers(model)
+    places = {uncompiled(name): name for name in linear_layers(model)}
+    layers = {name: model.get_submodule(place) for name, place in places.items()}
+    refuse_bypassed(matrices.keys() & map(uncompiled, bypassed_layers(model)), str(folder))
     specs: dict[str, LoRASpec] = {}
     for module, pair in matrices.items():
         layer = layers.get(module)
@@ -260,7 +292,7 @@ def load_adapter(
     replace_modules(model, made)
     model.requires_grad_(False)
     for module, pair in matrices.items():
-        layer, spec = model.get_submodule(module), specs[module]
+        layer, spec = model.get_submodule(places[module]), specs[module]
         half = pair["A"].dtype in (torch.float16, torch.bfloat16)
         dtype = adapter_dtype or (torch.float32 if half else pair["A"].dtype)
         layer.add_adapter(

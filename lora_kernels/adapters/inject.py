@@ -20,11 +20,44 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, FusedLoRALinear]]:
             yield name, module
 
 
+def uncompiled(name: str) -> str:
+    """A module's path without the wrappers that torch.compile(module) puts into it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def bypassed_layers(model: nn.Module) -> set[str]:
+    """Names of linear layers whose forward is never called, so that an adapter there would do nothing.
+
+    nn.MultiheadAttention hands the weight of its out_proj, an nn.Linear, to one function of its own.
+    """
+    return {
+        f"{name}.out_proj" if name else "out_proj"
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.MultiheadAttention)
+    }
+
+
+def refuse_bypassed(names: Iterable[str], argument: str) -> None:
+    """Raises ValueError where an adapter is asked for on layers whose forward is never called."""
+    names = sorted(names)
+    if names:
+        raise ValueError(
+            f"{argument}: {names[0]} is the out_proj of an nn.MultiheadAttention, which uses its weight "
+            "without calling it, so that an adapter there would do nothing; leave it out"
+        )
+
+
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> layer of everything an adapter can go on: nn.Linear (and subclasses) and FusedLoRALinear."""
+    """Name -> layer of everything an adapter can go on: nn.Linear (and subclasses) and FusedLoRALinear.
+
+    Without those whose forward is never called (`bypassed_layers`).
+    """
     layers: dict[str, nn.Module] = {}
+    bypassed = bypassed_layers(model)
     inside = None  # the lora_A and lora_B of a FusedLoRALinear are nn.Linear too, and no targets
     for name, module in model.named_modules():
+        if name in bypassed:
+            continue
         if inside is not None and name.startswith(inside):
             continue
         inside = None
@@ -63,6 +96,7 @@ def _targets(
                 "target_modules is 'all-linear', but the model has no nn.Linear besides its output head"
             )
         return found
+    bypassed = bypassed_layers(model)
     names = sorted({name.rsplit(".", 1)[-1] for name in layers})
     hint = f"the model's linear layers end in: {', '.join(names) or '(it has none)'}"
     if isinstance(target_modules, str):
@@ -72,6 +106,7 @@ def _targets(
             raise ValueError(
                 f"target_modules: {target_modules!r} is not a regular expression: {error}"
             ) from None
+        refuse_bypassed(filter(pattern.fullmatch, bypassed), f"target_modules {target_modules!r}")
         found = [name for name in layers if pattern.fullmatch(name)]
         if not found:
             raise ValueError(f"target_modules: {target_modules!r} matches no linear layer; {hint}")
@@ -80,6 +115,7 @@ def _targets(
     if not targets:
         raise ValueError(f"target_modules is empty; {hint}")
     for target in targets:
+        refuse_bypassed((name for name in bypassed if matches(name, target)), f"target_modules {target!r}")
         if not any(matches(name, target) for name in layers):
             raise ValueError(f"target_modules: {target!r} matches no linear layer; {hint}")
     return [name for name in layers if any(matches(name, target) for target in targets)]
@@ -90,7 +126,12 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
     places = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if m in replacements]
     for name, old in places:
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, replacements[old])
+        owner = model.get_submodule(parent)
+        setattr(owner, child, replacements[old])
+        if isinstance(owner, nn.TransformerEncoderLayer):
+            # In eval mode it would compute from linear1.weight and linear2.weight without calling them, were
+            # its activation one that its fast path knows. The slow path calls the activation itself.
+            owner.activation_relu_or_gelu = 0
 
 
 def convert(name: str, layer: nn.Module, **options: Any) -> FusedLoRALinear:
@@ -121,7 +162,8 @@ def inject(
     Args:
         model: any module; a Hugging Face model is one.
         target_modules: names as in PEFT (["q_proj", "v_proj"]: the end of a module's path), a regular
-            expression for whole paths, or "all-linear": every nn.Linear but the output head.
+            expression for whole paths, or "all-linear": every nn.Linear but the output head and the
+            out_proj of nn.MultiheadAttention, which computes with its weight directly.
         quantize: "nf4" also quantises the weights of the layers it replaces; None leaves them as they are.
 
     The other arguments are those of FusedLoRALinear. A layer that is a FusedLoRALinear already gets the
@@ -132,7 +174,8 @@ def inject(
         The names of the layers, in the model's order.
 
     Raises:
-        ValueError: no layer matches, r < 1, and what FusedLoRALinear raises; the model is then unchanged.
+        ValueError: no layer matches, or one whose forward is never called; r < 1, and what FusedLoRALinear
+            raises; the model is then unchanged.
     """
     layers = linear_layers(model)
     if "" in layers:

@@ -2,11 +2,12 @@
 
 import fcntl
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lora_kernels.adapters.files import CONFIG_FILE, WEIGHTS_FILE
+from lora_kernels.adapters.files import CONFIG_FILE, WEIGHTS_FILE, remove_parts
 from lora_kernels.finetune import checkpoint
 from lora_kernels.finetune.errors import UsageError
 
@@ -52,6 +53,8 @@ def output_folder(output: Path, overwrite: bool) -> Iterator[None]:
 def locked(output: Path) -> Iterator[None]:
     """Keep other runs out of the folder; the lock is on the folder itself and ends with the process.
 
+    What a killed run left half-written is removed.
+
     Raises:
         UsageError: another run holds it.
     """
@@ -63,6 +66,8 @@ def locked(output: Path) -> Iterator[None]:
             raise UsageError(f"argument --output: another run is writing in {output}") from error
         except OSError:
             pass  # a file system without locks, as some network ones: then there is none
+        for name in _ALL:
+            remove_parts(output / name)
         yield
     finally:
         os.close(descriptor)
@@ -78,6 +83,7 @@ def _check(output: Path, overwrite: bool) -> None:
     if output.exists() and not output.is_dir():
         raise UsageError(f"argument --output: {output} is a file, expected a folder")
     content = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    content = {name for name in content if not _is_part(name)}
     if not content or (overwrite and content & set(_ALL)):
         return
     if checkpoint.FILE in content:
@@ -87,6 +93,11 @@ def _check(output: Path, overwrite: bool) -> None:
     else:
         advice = f"is not empty ({min(content)}): choose a new or an empty folder"
     raise UsageError(f"argument --output: {output} {advice}")
+
+
+def _is_part(name: str) -> bool:
+    """Whether a run that was killed while it wrote a file has left this: half of nothing that counts."""
+    return any(re.fullmatch(rf"\.{re.escape(whole)}\.\d+\.part", name) for whole in _ALL)
 
 
 def _remove_empty(made: list[Path]) -> None:

@@ -107,6 +107,55 @@ def test_what_peft_wrote_computes_the_same_here(variant, base, tmp_path):
         assert ours.get_submodule(name).scaling["default"] == pytest.approx(layer.scaling["default"])
 
 
+def test_every_entry_of_peft_is_understood_or_refused_but_for_its_default(base, saved):
+    """What PEFT writes by default is read; a list of entries that do not change what the matrices compute."""
+    config = peft.LoraConfig().to_dict()
+    edited(saved[0], **{k: v for k, v in config.items() if k not in ("r", "lora_alpha", "peft_type")})
+    harmless = {"revision": "main", "layers_to_transform": [0], "eva_config": {"rho": 2.0}}
+    edited(saved[0], lora_alpha=6, auto_mapping={"base_model_class": "Model"}, **harmless, a_new_one=None)
+    assert lk.load_adapter(base, saved[0])
+
+
+def test_an_adapter_of_a_layer_that_is_never_called_is_refused(tmp_path):
+    def model():
+        return nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "up": nn.Linear(8, 8)})
+
+    theirs = model()
+    theirs["attention"] = nn.ModuleDict({"out_proj": nn.Linear(8, 8)})
+    lk.inject(theirs, r=2)
+    lk.save_adapter(theirs, tmp_path)
+    ours = model()
+    before = snapshot(ours)
+    with pytest.raises(ValueError, match=r"attention\.out_proj is the out_proj of an nn\.MultiheadAttention"):
+        lk.load_adapter(ours, tmp_path)
+    assert_unchanged(ours, before)
+
+
+WRAPPED = {
+    "whole": torch.compile,
+    "a block": lambda model: wrapped(model, "layers.0"),
+    "a layer": lambda model: wrapped(model, "layers.1.down"),
+    "twice": lambda model: torch.compile(wrapped(model, "layers.1")),
+}
+
+
+def wrapped(model, name):
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, torch.compile(model.get_submodule(name)))
+    return model
+
+
+@pytest.mark.parametrize("how", WRAPPED)
+def test_a_compiled_model_is_saved_and_loaded_under_its_own_names(how, base, saved, tmp_path):
+    folder, model = saved
+    lk.save_adapter(WRAPPED[how](model), tmp_path / "compiled")
+    for name in (files.CONFIG_FILE, files.WEIGHTS_FILE):
+        assert (tmp_path / "compiled" / name).read_bytes() == (folder / name).read_bytes()
+    assert lk.load_adapter(WRAPPED[how](base), folder) == [
+        f"layers.{i}.{name}" for i in range(2) for name in ("down", "q_proj")
+    ]
+
+
 @pytest.mark.parametrize("pattern", [False, True])
 def test_what_we_wrote_computes_the_same_in_peft(pattern, base, tmp_path):
     ours = copy.deepcopy(base)
@@ -229,6 +278,11 @@ BAD = {
     "trained biases": (lambda f: edited(f, bias="all"), "bias is 'all'"),
     "lora_bias": (lambda f: edited(f, lora_bias=True), "lora_bias is True"),
     "modules_to_save": (lambda f: edited(f, modules_to_save=["head"]), "modules_to_save is"),
+    "fan_in_fan_out": (lambda f: edited(f, fan_in_fan_out=True), "fan_in_fan_out is True"),
+    "alora": (lambda f: edited(f, alora_invocation_tokens=[5]), r"alora_invocation_tokens is \[5\]"),
+    "replicated layers": (lambda f: edited(f, layer_replication=[[0, 2]]), r"layer_replication is \[\[0, 2"),
+    "bdlora": (lambda f: edited(f, use_bdlora={"nblocks": 2}), "use_bdlora is {'nblocks': 2}"),
+    "a later PEFT": (lambda f: edited(f, use_twisted_lora="yes"), "use_twisted_lora is 'yes'"),
     "no rank": (lambda f: edited(f, r=None), "r is None"),
     "no alpha": (lambda f: edited(f, lora_alpha="8"), "lora_alpha is '8'"),
     "a bad dropout": (lambda f: edited(f, lora_dropout=1.5), "lora_dropout is 1.5"),

@@ -109,6 +109,33 @@ def test_a_classifier_head_is_left_alone_by_all_linear():
     assert type(model.score) is nn.Linear
 
 
+def encoder():
+    """Attention's out_proj is an nn.Linear that is never called; linear1 and linear2 are not in eval mode."""
+    return nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+
+
+def test_layers_that_are_never_called_are_left_alone_or_refused():
+    model = nn.Sequential(encoder(), nn.Linear(16, 16))
+    before, kinds = copy.deepcopy(model.state_dict()), [type(m) for m in model.modules()]
+    for targets in (["out_proj"], ["linear1", "self_attn.out_proj"], r".*\.out_proj", r".*"):
+        with pytest.raises(ValueError, match=r"0\.self_attn\.out_proj is the out_proj of an nn\.Multi"):
+            lk.inject(model, targets, r=2)
+    assert [type(m) for m in model.modules()] == kinds and model.state_dict().keys() == before.keys()
+    assert lk.inject(model, r=2) == ["0.linear1", "0.linear2", "1"]
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_adapters_in_a_transformer_encoder_count_in_eval_mode_too(quantize):
+    model, x = encoder(), torch.randn(2, 3, 16)
+    lk.inject(model, r=2, quantize=quantize)
+    for _, layer in lora_layers(model):
+        nn.init.normal_(layer.lora_B["default"].weight)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), model.train()(x))
+    lk.merge_and_unload(model.eval())
+    model(x)
+
+
 BAD = {
     "rank zero": ({"r": 0}, "r is 0"),
     "rank a float": ({"r": 2.0}, "r is 2.0"),

@@ -134,7 +134,11 @@ def test_an_output_folder_with_other_content_is_left_alone(arguments, tmp_path, 
     (out / "thesis.tex").write_text("years of work")
     refused(arguments, capsys, r"--output: .* is not empty \(thesis.tex\)")
     refused([*arguments, "--overwrite"], capsys, r"--output: .* is not empty \(thesis.tex\)")
-    assert [p.name for p in out.iterdir()] == ["thesis.tex"]
+    part = out / ".thesis.tex.123.part"  # not one of ours
+    part.touch()
+    refused(arguments, capsys, r"--output: .* is not empty")
+    assert {p.name for p in out.iterdir()} == {"thesis.tex", part.name}
+    part.unlink()
     refused(changed(arguments, output=out / "thesis.tex"), capsys, "--output: .*is a file")
     refused(changed(arguments, output=out / "thesis.tex" / "x"), capsys, "--output: cannot write in")
     refused(["--resume", "--output", str(out)], capsys, "--resume: nothing to resume")

@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -76,6 +78,47 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
     assert not (out / "checkpoint.pt").exists()
     assert cli.main(["--resume", "--output", str(out)]) == 2
     assert "the run there is finished" in capsys.readouterr().err
+
+
+# Ends the process while it writes its {n}-th checkpoint: the new one is on the disk, the old one in force.
+KILLED_WRITING = """
+import os, signal
+fsync, writes = os.fsync, 0
+def killed(descriptor):
+    global writes
+    writes += 1
+    fsync(descriptor)
+    if writes == {n}:
+        os.kill(os.getpid(), signal.SIGKILL)
+os.fsync = killed
+"""
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_kill_while_a_checkpoint_is_written_leaves_no_obstacle(arguments, tmp_path, capsys, n):
+    out, twin = tmp_path / "out", tmp_path / "twin"
+    done = run_process(arguments, before=KILLED_WRITING.replace("{n}", str(n)))
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    (part,) = (path.name for path in out.iterdir() if path.name != "checkpoint.pt")
+    assert re.fullmatch(r"\.checkpoint\.pt\.\d+\.part", part)
+
+    def refused(how: list[str], message: str) -> None:
+        assert cli.main([*arguments, *how]) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+
+    def finishes(how: list[str], folder: Path) -> None:
+        assert cli.main([*arguments, *how, "--output", str(folder)]) == 0
+        whole = {"adapter_config.json", "adapter_model.safetensors", "loss.png", "metrics.json"}
+        assert {path.name for path in folder.iterdir()} == whole
+
+    if n == 1:
+        refused(["--resume"], "nothing to resume")
+        finishes([], out)
+    else:
+        refused([], "holds an unfinished run: --resume continues it")
+        shutil.copytree(out, twin)
+        finishes(["--overwrite"], twin)
+        finishes(["--resume"], out)
 
 
 def test_accumulated_batches_resume_to_the_same_bits_as_well(arguments, tmp_path, monkeypatch):

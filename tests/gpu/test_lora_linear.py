@@ -50,7 +50,7 @@ class Case:
 
 
 def check(device, *shape, draws=1, **options):
-    """Asserts DESIGN's three bounds on every output of `draws` fresh problems, taken together."""
+    """Asserts DESIGN's bounds on every output of `draws` fresh problems, taken together."""
     cases = [Case(device, *shape, **options) for _ in range(draws)]
     truths = [case.expected(torch.float64) for case in cases]
     eager = [case.expected(case.dtype) for case in cases]
@@ -61,8 +61,11 @@ def check(device, *shape, draws=1, **options):
         zip(*truths, strict=True),
         strict=True,
     ):
-        out, ours_eager, truth = (torch.cat(parts) for parts in versions)
-        assert_accurate(name, out, ours_eager, truth, cases[0].dtype)
+        versions = (torch.cat(parts) for parts in versions)
+        # dA and dB of few tokens are products of few columns, dA under an outlier channel is one.
+        few = name in ("dA", "dB") and cases[0].x.shape[0] * cases[0].A.shape[0] * draws < 1024
+        concentrated = few or options.get("kind") == "outlier channel"
+        assert_accurate(name, *versions, cases[0].dtype, concentrated=concentrated)
 
 
 def draws_for(kind):
