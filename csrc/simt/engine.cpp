@@ -11,6 +11,7 @@
 #include <random>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -185,6 +186,10 @@ char* take_stack() {
   if (!free_stacks.empty()) {
     char* stack = free_stacks.back();
     free_stacks.pop_back();
+#if defined(__SANITIZE_ADDRESS__)
+    // A thread that was stopped in the middle has left its frames marked.
+    __asan_unpoison_memory_region(stack + kGuardBytes, kStackBytes - kGuardBytes);
+#endif
     return stack;
   }
   void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

@@ -1,17 +1,17 @@
-// Host twins of csrc/cuda/ptx_sm90.cuh: what each instruction does, from the PTX ISA, and when its effects may be
-// seen. Documented there; here is what they check beyond that:
+// Host twins of csrc/cuda/ptx_sm90.cuh: what each instruction does, from the PTX ISA, and when its effects
+// may be seen. Documented there; here is what they check beyond that:
 //   - an mbarrier lives in its own eight bytes, which nothing else may touch; too many arrivals or bytes, use
 //     before init, and init that nobody fenced fail;
 //   - TMA moves bytes at a random time; who reads, overwrites or leaves them before that fails;
-//   - wgmma reads its operands, as the descriptor's bits say, at a random time that each warp of the group has of
-//     its own, in order; accumulators are NaNs until a wait that names them, registers of a and accumulators must
-//     be named by a fence first and left alone until then.
+//   - wgmma reads its operands, as the descriptor's bits say, at a random time that each warp of the group
+//     has of its own, in order; accumulators are NaNs until a wait that names them; registers of a and
+//     accumulators must be named by a fence first and left alone until then;
+//   - now and then a thread is held up, so that others get as far ahead as the program lets them.
 #pragma once
 #include <algorithm>
 #include <array>
 #include <cstdio>
 #include <deque>
-#include <limits>
 #include <map>
 #include <memory>
 #include <vector>
@@ -30,7 +30,7 @@ struct TensorMap {
 
 namespace simt::sm90 {
 
-// ---- what is kept for a block ------------------------------------------------------------------------------
+// ---- what is kept for a block -----------------------------------------------------------------------------
 
 struct Piece {  // of global memory
   Region* region;
@@ -52,9 +52,9 @@ struct BulkGroup {
 };
 
 struct Thread {
-  std::vector<uint64_t*> fresh_barriers;  // initialised, and no fence since
-  std::vector<BulkStorePtr> open_stores;  // not committed
-  std::deque<BulkGroup> store_groups;     // oldest first
+  std::vector<uint64_t*> fresh_barriers;               // initialised, and no fence since
+  std::vector<BulkStorePtr> open_stores;               // not committed
+  std::deque<BulkGroup> store_groups;                  // oldest first
   std::map<const void*, std::vector<uint32_t>> named;  // by wgmma_fence, with what they held
   std::array<char, 120> waits_for{};
 };
@@ -62,7 +62,7 @@ struct Thread {
 struct Accumulators {  // in flight
   int n;
   std::array<float*, kWarpgroup> registers;
-  std::vector<float> values;  // [64, n]
+  std::vector<float> values;       // [64, n]
   std::array<int, 4> in_flight{};  // each warp's multiplies that it has not waited for
   std::array<bool, 4> handed_back{};
   Where where;  // the last multiply
@@ -83,7 +83,7 @@ struct WarpQueue {
   std::deque<std::shared_ptr<Multiply>> multiplies;  // issued and not waited for
   uint64_t first = 0;                                // the number of the first of them
   size_t computed = 0;                               // how many of them are done
-  std::deque<uint64_t> group_ends;                   // committed groups: the number behind their last multiply
+  std::deque<uint64_t> group_ends;  // committed groups: the number behind their last multiply
 };
 
 struct Warpgroup {
@@ -95,11 +95,13 @@ struct State : BlockState {
   std::vector<Thread> threads;
   std::vector<Warpgroup> warpgroups;
   std::vector<uint32_t> elected;  // lane of each warp
-  std::vector<PendingPtr> loads;
+  std::vector<PendingPtr> loads;  // to this block's shared memory
 
   void ended() override {
     for (const Thread& t : threads) {
-      if (!t.open_stores.empty()) fail(t.open_stores.front()->where, "the block ended without a bulk_commit of this");
+      if (!t.open_stores.empty()) {
+        fail(t.open_stores.front()->where, "the block ended without a bulk_commit of this");
+      }
       for (const BulkGroup& group : t.store_groups) {
         if (group.known_read || group.stores.empty()) continue;
         fail(group.stores.front()->where, "the block ended without a bulk_wait or bulk_wait_read for this");
@@ -119,8 +121,7 @@ struct State : BlockState {
 
 inline Region* own_shared() { return dynamic_shared().region(); }
 
-inline State& state() {
-  Region* region = own_shared();
+inline State& state_of(Region* region) {
   if (region->twins == nullptr) {
     auto made = std::make_unique<State>();
     const Dim3 d = block_dim();
@@ -134,10 +135,12 @@ inline State& state() {
   }
   return static_cast<State&>(*region->twins);
 }
+inline State& state() { return state_of(own_shared()); }
 
 inline Thread& thread_state() { return state().threads[linear_thread()]; }
 
-inline void check_shared(const Region* region, const void* p, size_t align, const char* what, const Where& where) {
+inline void check_shared(const Region* region, const void* p, size_t align, const char* what,
+                         const Where& where) {
   if (region == nullptr || !region->shared) fail(where, "%s: not a pointer to shared memory", what);
   if (region != own_shared()) fail(where, "%s: a pointer to the shared memory of another block", what);
   if (region->offset(p) % align != 0) {
@@ -145,9 +148,9 @@ inline void check_shared(const Region* region, const void* p, size_t align, cons
   }
 }
 
-// Holds a thread up, once in `times`, where a program has just told others that they may go on, or is about to use
-// what it was told: until a random time, like an asynchronous operation, so that in some runs everybody else gets
-// as far ahead as the program lets them.
+// Holds a thread up, once in `times`, where a program has just told others that they may go on, or is about
+// to use what it was told: until a random time, like an asynchronous operation, so that in some runs
+// everybody else gets as far ahead as the program lets them.
 inline void maybe_pause(uint32_t times, const Where& where) {
   if (random(times) != 0) return;
   const auto over = std::make_shared<bool>(false);
@@ -158,7 +161,7 @@ inline void maybe_pause_warp(uint32_t times, const Where& where) {
   if (linear_thread() % kWarp == 0) maybe_pause(times, where);
 }
 
-// ---- mbarriers ---------------------------------------------------------------------------------------------
+// ---- mbarriers --------------------------------------------------------------------------------------------
 
 struct Mbarrier {
   uint64_t pending : 20, count : 20;  // arrivals: still to come in this phase, and of every phase
@@ -172,12 +175,14 @@ constexpr uint32_t kMostArrivals = (1u << 20) - 1;
 constexpr int64_t kMostBytes = (1 << 20) - 1;
 
 inline Mbarrier load_mbarrier(const Region* region, const void* p, const char* what, const Where& where) {
-  if (region == nullptr || !region->shared || !region->holds(p, sizeof(Mbarrier)) || region->offset(p) % 8 != 0) {
+  if (region == nullptr || !region->shared || !region->holds(p, sizeof(Mbarrier)) ||
+      region->offset(p) % 8 != 0) {
     fail(where, "%s: not eight aligned bytes of shared memory", what);
   }
   for (size_t i = 0; i < sizeof(Mbarrier); ++i) {
     if (region->state[region->offset(p) + i] != kBarrier) {
-      fail(where, "%s: there is no initialised mbarrier at offset %zu of shared memory", what, region->offset(p));
+      fail(where, "%s: there is no initialised mbarrier at offset %zu of shared memory", what,
+           region->offset(p));
     }
   }
   Mbarrier barrier;
@@ -191,11 +196,16 @@ inline void update_mbarrier(Region* region, void* p, uint32_t expected, uint32_t
   Mbarrier barrier = load_mbarrier(region, p, what, where);
   const size_t at = region->offset(p);
   const int64_t bytes = barrier.bytes + int64_t{expected} - int64_t{arrived};
-  if (bytes > kMostBytes || bytes < -kMostBytes) fail(where, "%s: the mbarrier cannot count so many bytes", what);
+  if (bytes > kMostBytes || bytes < -kMostBytes) {
+    fail(where, "%s: the mbarrier cannot count so many bytes", what);
+  }
   barrier.bytes = bytes;
   if (arrivals > barrier.pending) {
-    fail(where, "%s: over-arrival at the mbarrier at offset %zu: all %u arrivals of this phase have come, only bytes "
-         "are missing", what, at, static_cast<unsigned>(barrier.count));
+    fail(
+        where,
+        "%s: over-arrival at the mbarrier at offset %zu: all %u arrivals of this phase have come, only bytes "
+        "are missing",
+        what, at, static_cast<unsigned>(barrier.count));
   }
   barrier.pending -= arrivals;
   if (barrier.pending == 0 && bytes < 0) {
@@ -204,8 +214,11 @@ inline void update_mbarrier(Region* region, void* p, uint32_t expected, uint32_t
   }
   if (barrier.pending == 0 && bytes == 0) {
     if (barrier.unnoticed) {
-      fail(where, "%s: the mbarrier at offset %zu completes a second phase before anybody waited for the first: more "
-           "arrivals than its count of %u?", what, at, static_cast<unsigned>(barrier.count));
+      fail(
+          where,
+          "%s: the mbarrier at offset %zu completes a second phase before anybody waited for the first: more "
+          "arrivals than its count of %u?",
+          what, at, static_cast<unsigned>(barrier.count));
     }
     barrier.unnoticed = 1;
     barrier.parity ^= 1;
@@ -232,7 +245,7 @@ inline void fence_fresh_barriers() {
   t.fresh_barriers.clear();
 }
 
-// ---- copies ------------------------------------------------------------------------------------------------
+// ---- copies -----------------------------------------------------------------------------------------------
 
 // Offset in shared memory -> where the swizzle puts it.
 inline size_t swizzled(size_t offset, int swizzle_bytes) {
@@ -247,11 +260,12 @@ struct RowPart {
 };
 inline RowPart row_part(const lk::TensorMap& map, int row, int col) {
   if (row < 0 || row >= map.rows) return {nullptr, 0, 0};
-  const int64_t from = std::max<int64_t>(col, 0), to = std::min<int64_t>(int64_t{col} + map.box_cols, map.cols);
+  const int64_t from = std::max<int64_t>(col, 0),
+                to = std::min<int64_t>(int64_t{col} + map.box_cols, map.cols);
   if (from >= to) return {nullptr, 0, 0};
   const auto size = static_cast<size_t>(map.element_bytes);
-  return {map.base + static_cast<size_t>(row * map.row_stride + from) * size, static_cast<size_t>(from - col) * size,
-          static_cast<size_t>(to - from) * size};
+  return {map.base + static_cast<size_t>(row * map.row_stride + from) * size,
+          static_cast<size_t>(from - col) * size, static_cast<size_t>(to - from) * size};
 }
 
 // A copy of `bytes` to [at, at + bytes) of each target's shared memory.
@@ -263,18 +277,28 @@ struct Target {
 
 inline void check_target(const Target& target, size_t bytes, const char* what, const Where& where) {
   check_fenced(target.region, target.barrier, what, where);
+  const size_t at = target.region->offset(target.at);
+  for (size_t i = at; i < std::min(at + bytes, target.region->bytes); ++i) {
+    if (target.region->state[i] == kBarrier) fail(where, "%s over an mbarrier at offset %zu", what, i);
+  }
   mark_in_flight(target.region, target.at, bytes, where);
-  const uint8_t* unfenced = target.region->unfenced.data() + target.region->offset(target.at);
+  const uint8_t* unfenced = target.region->unfenced.data() + at;
   if (std::any_of(unfenced, unfenced + bytes, [](uint8_t u) { return u != 0; })) {
     fail(where, "%s overwrites shared memory that a store wrote without a fence.proxy.async since", what);
   }
 }
 
-inline void start_load(std::function<void()> complete, const Where& where) {
-  State& s = state();
+// `copy` moves the bytes.
+inline void start_load(const Target& target, size_t bytes, std::function<void()> copy, const char* what,
+                       const Where& where) {
+  State& s = state_of(target.region);
   std::erase_if(s.loads, [](const PendingPtr& load) { return load->done; });
-  s.loads.push_back(start_async(std::move(complete), where));
-  maybe_pause(4, where);
+  const auto complete = [=] {
+    copy();
+    mark_arrived(target.region, target.at, bytes);
+    update_mbarrier(target.region, target.barrier, 0, static_cast<uint32_t>(bytes), 0, what, where);
+  };
+  s.loads.push_back(start_async(complete, where));
 }
 
 inline size_t tile_bytes(const lk::TensorMap& map) {
@@ -284,8 +308,8 @@ inline size_t tile_alignment(const lk::TensorMap& map) {
   return map.swizzle_bytes == 0 ? 128 : static_cast<size_t>(8 * map.swizzle_bytes);
 }
 
-inline void tma_load(Pointer<void> to, const lk::TensorMap& tensor_map, Pointer<uint64_t> barrier, int col, int row,
-                     uint32_t blocks, const char* what, const Where& where) {
+inline void tma_load(Pointer<void> to, const lk::TensorMap& tensor_map, Pointer<uint64_t> barrier, int col,
+                     int row, uint32_t blocks, const char* what, const Where& where) {
   const lk::TensorMap map = tensor_map;  // the caller's may be gone when the copy completes
   check_shared(to.region(), to.raw(), tile_alignment(map), what, where);
   check_shared(barrier.region(), barrier.raw(), 8, what, where);
@@ -305,26 +329,24 @@ inline void tma_load(Pointer<void> to, const lk::TensorMap& tensor_map, Pointer<
     const RowPart part = row_part(map, row + i, col);
     if (part.bytes > 0) check_read(source, part.global, part.bytes, 1, where);
   }
-  const auto complete = [=] {
-    const auto row_bytes = static_cast<size_t>(map.box_cols * map.element_bytes);
-    std::vector<char> line(row_bytes);
-    for (int i = 0; i < map.box_rows; ++i) {
-      std::fill(line.begin(), line.end(), char{0});
-      const RowPart part = row_part(map, row + i, col);
-      if (part.bytes > 0) std::memcpy(line.data() + part.skipped, part.global, part.bytes);
-      for (const Target& target : targets) {
+  for (const Target& target : targets) {
+    const auto copy = [=] {
+      const auto row_bytes = static_cast<size_t>(map.box_cols * map.element_bytes);
+      std::vector<char> line(row_bytes);
+      for (int i = 0; i < map.box_rows; ++i) {
+        std::fill(line.begin(), line.end(), char{0});
+        const RowPart part = row_part(map, row + i, col);
+        if (part.bytes > 0) std::memcpy(line.data() + part.skipped, part.global, part.bytes);
         const size_t start = target.region->offset(target.at) + static_cast<size_t>(i) * row_bytes;
         for (size_t chunk = 0; chunk < row_bytes; chunk += 16) {
-          std::memcpy(target.region->base + swizzled(start + chunk, map.swizzle_bytes), line.data() + chunk, 16);
+          std::memcpy(target.region->base + swizzled(start + chunk, map.swizzle_bytes), line.data() + chunk,
+                      16);
         }
       }
-    }
-    for (const Target& target : targets) {
-      mark_arrived(target.region, target.at, tile_bytes(map));
-      update_mbarrier(target.region, target.barrier, 0, static_cast<uint32_t>(tile_bytes(map)), 0, what, where);
-    }
-  };
-  start_load(complete, where);
+    };
+    start_load(target, tile_bytes(map), copy, what, where);
+  }
+  maybe_pause(4, where);
 }
 
 inline void bulk_load(Pointer<void> to, Pointer<const void> from, uint32_t bytes, Pointer<uint64_t> barrier,
@@ -338,13 +360,8 @@ inline void bulk_load(Pointer<void> to, Pointer<const void> from, uint32_t bytes
   const Target target{to.region(), static_cast<char*>(to.raw()), barrier.raw()};
   check_target(target, bytes, kWhat, where);
   const void* source = from.raw();
-  start_load(
-      [=] {
-        std::memcpy(target.at, source, bytes);
-        mark_arrived(target.region, target.at, bytes);
-        update_mbarrier(target.region, target.barrier, 0, bytes, 0, kWhat, where);
-      },
-      where);
+  start_load(target, bytes, [=] { std::memcpy(target.at, source, bytes); }, kWhat, where);
+  maybe_pause(4, where);
 }
 
 // Reading the tile and writing it are two operations: bulk_wait_read waits for the first alone.
@@ -378,7 +395,8 @@ inline void tma_store(const lk::TensorMap& tensor_map, Pointer<const void> from,
     for (int i = 0; i < map.box_rows; ++i) {
       const RowPart part = row_part(map, row + i, col);
       if (part.bytes == 0) continue;
-      std::memcpy(part.global, raw->tile.data() + static_cast<size_t>(i) * row_bytes + part.skipped, part.bytes);
+      std::memcpy(part.global, raw->tile.data() + static_cast<size_t>(i) * row_bytes + part.skipped,
+                  part.bytes);
       // Other blocks may not read it before the thread that stored it has waited and published it.
       std::memset(target->state.data() + target->offset(part.global), kUnpublished, part.bytes);
     }
@@ -411,7 +429,7 @@ inline void bulk_wait(size_t allowed, bool only_read) {
   while (t.store_groups.size() > allowed) t.store_groups.pop_front();
 }
 
-// ---- wgmma -------------------------------------------------------------------------------------------------
+// ---- wgmma ------------------------------------------------------------------------------------------------
 
 // Where hardware puts dynamic shared memory; a descriptor of zeros then points outside it.
 constexpr uint32_t kSharedStart = 1024;
@@ -422,8 +440,11 @@ constexpr uint32_t kInFlightBits = 0x7fc0f119u;  // a NaN that nothing else comp
 class Operand {
  public:
   Operand(uint64_t descriptor, bool transposed, const Multiply& multiply)
-      : start_(field(descriptor)), leading_(field(descriptor >> 16)), stride_(field(descriptor >> 32)),
-        transposed_(transposed), multiply_(multiply) {
+      : start_(field(descriptor)),
+        leading_(field(descriptor >> 16)),
+        stride_(field(descriptor >> 32)),
+        transposed_(transposed),
+        multiply_(multiply) {
     constexpr int kSwizzle[4] = {0, 128, 64, 32};
     swizzle_ = kSwizzle[descriptor >> 62];
     constexpr uint64_t kUsed = 0x3fff | 0x3fffull << 16 | 0x3fffull << 32 | 3ull << 62;
@@ -432,8 +453,10 @@ class Operand {
            static_cast<unsigned long long>(descriptor));
     }
     if (swizzle_ != 0 && start_ % static_cast<size_t>(8 * swizzle_) >= static_cast<size_t>(swizzle_)) {
-      fail(multiply.where, "descriptor: a tile of %d-byte swizzle starts at address 0x%zx, not in the first of eight "
-           "rows", swizzle_, start_);
+      fail(multiply.where,
+           "descriptor: a tile of %d-byte swizzle starts at address 0x%zx, not in the first of eight "
+           "rows",
+           swizzle_, start_);
     }
   }
 
@@ -449,7 +472,8 @@ class Operand {
       offset = mn % 8 * width + mn / 8 * stride_ + k / 8 * (swizzle_ == 0 ? leading_ : 16);
     }
     const size_t address = swizzled(start_ + offset, swizzle_);
-    const char* p = multiply_.shared->base + (static_cast<std::ptrdiff_t>(address) - std::ptrdiff_t{kSharedStart});
+    const char* p =
+        multiply_.shared->base + (static_cast<std::ptrdiff_t>(address) - std::ptrdiff_t{kSharedStart});
     check_async_read(multiply_.shared, p, 16, multiply_.where);
     std::array<uint16_t, 8> elements;
     std::memcpy(elements.data(), p, sizeof elements);
@@ -551,8 +575,10 @@ inline std::shared_ptr<Accumulators> take_accumulators(void** threads, const Iss
     taken->registers[t] = mine.d;
     const bool named = mine.thread->named.contains(mine.d);
     if (!named || (mine.accumulate && !named_and_unchanged(*mine.thread, mine.d, count * sizeof(float)))) {
-      fail(mine.where, "wgmma without a wgmma_fence that names its accumulators since they were last touched (thread "
-           "%zu of the warpgroup)", t);
+      fail(mine.where,
+           "wgmma without a wgmma_fence that names its accumulators since they were last touched (thread "
+           "%zu of the warpgroup)",
+           t);
     }
     mine.thread->named.erase(mine.d);
     for (size_t i = 0; i < count; ++i) {
@@ -586,8 +612,10 @@ inline void issue_multiply(void** threads) {
     }
     if (mine.a_registers != nullptr) {
       if (!named_and_unchanged(*mine.thread, mine.a_registers, sizeof(uint32_t[4]))) {
-        fail(mine.where, "wgmma without a wgmma_fence that names a's registers since they were last written (thread "
-             "%zu of the warpgroup)", t);
+        fail(mine.where,
+             "wgmma without a wgmma_fence that names a's registers since they were last written (thread "
+             "%zu of the warpgroup)",
+             t);
       }
       multiply->a_registers.push_back(mine.a_registers);
       auto& values = multiply->a_values.emplace_back();
@@ -628,7 +656,8 @@ struct Wait {
 
 inline void hand_back(Accumulators& d, size_t warp, void** lanes) {
   if (d.in_flight[warp] > 0) {
-    fail(d.where, "a wgmma_wait names the accumulators of this wgmma, which it leaves in flight: not committed, or "
+    fail(d.where,
+         "a wgmma_wait names the accumulators of this wgmma, which it leaves in flight: not committed, or "
          "one of those allowed");
   }
   const size_t n = static_cast<size_t>(d.n);
@@ -665,11 +694,13 @@ inline void wait_for_multiplies(void** lanes) {
     --m.d->in_flight[warp];
     for (size_t t = warp * kWarp; t < (warp + 1) * kWarp && !m.a_registers.empty(); ++t) {
       if (std::memcmp(m.a_registers[t], m.a_values[t].data(), sizeof m.a_values[t]) != 0) {
-        fail(m.where, "a's registers of this wgmma were changed before the wgmma_wait for it (lane %zu)", t % kWarp);
+        fail(m.where, "a's registers of this wgmma were changed before the wgmma_wait for it (lane %zu)",
+             t % kWarp);
       }
     }
   }
   for (const auto& d : group.in_flight) {
+    if (d->handed_back[warp]) continue;
     for (const float* named : first.named) {
       if (named == d->registers[warp * kWarp]) hand_back(*d, warp, lanes);
     }
@@ -693,7 +724,7 @@ inline void issue(const char* name, Issue mine) {
   warpgroup_collective(name, &mine, issue_multiply, mine.where);
 }
 
-// ---- reductions --------------------------------------------------------------------------------------------
+// ---- reductions -------------------------------------------------------------------------------------------
 
 // fp32 sums in global memory lose subnormal inputs and results.
 inline float add_flushed(float x, float y) {
@@ -717,7 +748,7 @@ namespace lk::ptx {
 
 namespace sm90 = simt::sm90;
 
-// ---- barriers in shared memory -----------------------------------------------------------------------------
+// ---- barriers in shared memory ----------------------------------------------------------------------------
 
 inline uint32_t shared_address(Shared<const void> p, Where where = Where::current()) {
   sm90::check_shared(p.region(), p.raw(), 1, "shared_address", where);
@@ -744,7 +775,8 @@ inline void mbarrier_arrive(Shared<uint64_t> barrier, Where where = Where::curre
   sm90::update_mbarrier(barrier.region(), barrier.raw(), 0, 0, 1, "mbarrier_arrive", where);
   sm90::maybe_pause(4, where);
 }
-inline void mbarrier_arrive_expect_tx(Shared<uint64_t> barrier, uint32_t bytes, Where where = Where::current()) {
+inline void mbarrier_arrive_expect_tx(Shared<uint64_t> barrier, uint32_t bytes,
+                                      Where where = Where::current()) {
   sm90::check_shared(barrier.region(), barrier.raw(), 8, "mbarrier_arrive_expect_tx", where);
   sm90::update_mbarrier(barrier.region(), barrier.raw(), bytes, 0, 1, "mbarrier_arrive_expect_tx", where);
   sm90::maybe_pause(4, where);
@@ -768,8 +800,10 @@ inline void mbarrier_wait(Shared<uint64_t> barrier, uint32_t parity, Where where
     const auto now = sm90::load_mbarrier(region, barrier.raw(), "mbarrier_wait", where);
     if (now.parity != parity) return true;
     if (polls++ % 32 == 0) {  // as recent as a message needs it
-      std::snprintf(text.data(), text.size(), "parity %u of the mbarrier at offset %zu (%u of %u arrivals, %d bytes "
-                    "to come)", parity, region->offset(barrier.raw()), static_cast<unsigned>(now.pending),
+      std::snprintf(text.data(), text.size(),
+                    "parity %u of the mbarrier at offset %zu (%u of %u arrivals, %d bytes "
+                    "to come)",
+                    parity, region->offset(barrier.raw()), static_cast<unsigned>(now.pending),
                     static_cast<unsigned>(now.count), static_cast<int>(now.bytes));
     }
     return false;
@@ -784,7 +818,7 @@ inline void mbarrier_wait_cluster(Shared<uint64_t> barrier, uint32_t parity, Whe
   mbarrier_wait(barrier, parity, where);
 }
 
-// ---- the asynchronous proxy --------------------------------------------------------------------------------
+// ---- the asynchronous proxy -------------------------------------------------------------------------------
 
 inline void fence_proxy_async() {
   simt::fence_proxy_async();
@@ -808,13 +842,13 @@ inline void tma_load_2d(Shared<void> to, const TensorMap* map, Shared<uint64_t> 
                         Where where = Where::current()) {
   sm90::tma_load(to, *map, barrier, col, row, 1u << simt::cluster_rank(), "tma_load_2d", where);
 }
-inline void tma_load_2d_hint(Shared<void> to, const TensorMap* map, Shared<uint64_t> barrier, int col, int row,
-                             uint64_t policy, Where where = Where::current()) {
+inline void tma_load_2d_hint(Shared<void> to, const TensorMap* map, Shared<uint64_t> barrier, int col,
+                             int row, uint64_t policy, Where where = Where::current()) {
   detail::check_policy(policy, where);
   sm90::tma_load(to, *map, barrier, col, row, 1u << simt::cluster_rank(), "tma_load_2d_hint", where);
 }
-inline void tma_load_2d_multicast(Shared<void> to, const TensorMap* map, Shared<uint64_t> barrier, int col, int row,
-                                  uint16_t blocks, Where where = Where::current()) {
+inline void tma_load_2d_multicast(Shared<void> to, const TensorMap* map, Shared<uint64_t> barrier, int col,
+                                  int row, uint16_t blocks, Where where = Where::current()) {
   sm90::tma_load(to, *map, barrier, col, row, blocks, "tma_load_2d_multicast", where);
 }
 inline void tma_store_2d(const TensorMap* map, Shared<const void> from, int col, int row,
@@ -844,7 +878,7 @@ inline void bulk_load_hint(Shared<void> to, Global<const void> from, uint32_t by
   sm90::bulk_load(to, from, bytes, barrier, where);
 }
 
-// ---- matrices ----------------------------------------------------------------------------------------------
+// ---- matrices ---------------------------------------------------------------------------------------------
 
 namespace detail {
 
@@ -886,7 +920,7 @@ inline void stmatrix_x4_trans(Shared<void> row, const uint32_t (&r)[4], Where wh
   detail::store_matrices(row, r, "stmatrix.x4.trans", detail::exchange_rows<true>, where);
 }
 
-// ---- warpgroup matrix multiply -----------------------------------------------------------------------------
+// ---- warpgroup matrix multiply ----------------------------------------------------------------------------
 
 namespace detail {
 
@@ -894,7 +928,8 @@ template <int N>
 void multiply(const char* name, float (&d)[N / 2], const uint32_t* a_registers, uint64_t a, uint64_t b,
               bool transpose_a, bool transpose_b, bool accumulate, float (*to_float)(uint16_t), Where where) {
   static_assert(N == 8 || N == 16 || N == 32 || N == 64 || N == 128 || N == 256);
-  sm90::issue(name, {d, a_registers, a, b, N, transpose_a, transpose_b, accumulate, to_float, nullptr, nullptr, where});
+  sm90::issue(name, {d, a_registers, a, b, N, transpose_a, transpose_b, accumulate, to_float, nullptr,
+                     nullptr, where});
 }
 
 }  // namespace detail
@@ -919,12 +954,16 @@ void wgmma_wait(float (&... d)[kCounts]) {
 }
 
 template <int N, bool kTransposeA = false, bool kTransposeB = false>
-void wgmma_ss_bf16(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate, Where where = Where::current()) {
-  detail::multiply<N>("wgmma_ss_bf16", d, nullptr, a, b, kTransposeA, kTransposeB, accumulate, from_bf16, where);
+void wgmma_ss_bf16(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate,
+                   Where where = Where::current()) {
+  detail::multiply<N>("wgmma_ss_bf16", d, nullptr, a, b, kTransposeA, kTransposeB, accumulate, from_bf16,
+                      where);
 }
 template <int N, bool kTransposeA = false, bool kTransposeB = false>
-void wgmma_ss_f16(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate, Where where = Where::current()) {
-  detail::multiply<N>("wgmma_ss_f16", d, nullptr, a, b, kTransposeA, kTransposeB, accumulate, from_f16, where);
+void wgmma_ss_f16(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate,
+                  Where where = Where::current()) {
+  detail::multiply<N>("wgmma_ss_f16", d, nullptr, a, b, kTransposeA, kTransposeB, accumulate, from_f16,
+                      where);
 }
 template <int N, bool kTransposeB = false>
 void wgmma_rs_bf16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate,
@@ -937,7 +976,7 @@ void wgmma_rs_f16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool ac
   detail::multiply<N>("wgmma_rs_f16", d, a, 0, b, false, kTransposeB, accumulate, from_f16, where);
 }
 
-// ---- warps and registers -----------------------------------------------------------------------------------
+// ---- warps and registers ----------------------------------------------------------------------------------
 
 // Which lane is drawn from the seed: code must not count on lane 0.
 inline bool elect_sync(Where where = Where::current()) {
@@ -956,7 +995,7 @@ void set_max_registers_down(Where where = Where::current()) {
   simt::warpgroup_collective("set_max_registers_down", nullptr, [](void**) {}, where);
 }
 
-// ---- clusters ----------------------------------------------------------------------------------------------
+// ---- clusters ---------------------------------------------------------------------------------------------
 
 inline uint32_t cluster_rank() { return simt::cluster_rank(); }
 inline uint32_t cluster_size() { return simt::cluster_size(); }
@@ -967,20 +1006,21 @@ Shared<T> map_shared_rank(Shared<T> p, uint32_t rank, Where where = Where::curre
   return cast<T>(simt::cluster_shared(cast<char>(p), rank, where));
 }
 
-// ---- kernels after kernels ---------------------------------------------------------------------------------
+// ---- kernels after kernels --------------------------------------------------------------------------------
 
 // Here a launch begins when the one before it has ended.
 inline void grid_dependency_wait() {}
 inline void grid_launch_dependents() {}
 
-// ---- reductions to global memory ---------------------------------------------------------------------------
+// ---- reductions to global memory --------------------------------------------------------------------------
 
 namespace detail {
 
 inline uint32_t add_f32(uint32_t x, uint32_t y) {
   return std::bit_cast<uint32_t>(sm90::add_flushed(std::bit_cast<float>(x), std::bit_cast<float>(y)));
 }
-// A sum of two 16-bit floats rounded to fp32 first is rounded the same: fp32 has twice their bits and two more.
+// A sum of two 16-bit floats rounded to fp32 first is rounded the same: fp32 has twice their bits and two
+// more.
 template <float (*kFloat)(uint16_t), uint32_t (*kRound)(float, float)>
 uint32_t add_pair(uint32_t x, uint32_t y) {
   const auto sum = [&](int shift) {
