@@ -126,6 +126,22 @@ int64_t nf4_dequantize_cuda(const Tensor packed, const Tensor absmax, std::optio
                                          call.stream()));
 }
 
+int64_t lora_dropout_cuda(const Tensor x, double p, const Tensor rng, int64_t first, Tensor out) {
+  Call call(out);
+  if (!call.ready()) return LK_NO_STREAM;
+  // In place: what is read is what is written.
+  const bool in_place = x.const_data_ptr() == out.const_data_ptr();
+  if (in_place) {
+    call.inout("x", out);
+  } else {
+    call.input("x", x), call.output("out", out);
+  }
+  call.input("rng", rng);
+  return call.end(lk_cuda_lora_dropout(x.const_data_ptr(), dtype_of(x), x.numel(), first, p,
+                                       static_cast<const int64_t*>(rng.const_data_ptr()), out.mutable_data_ptr(),
+                                       call.stream()));
+}
+
 int64_t lora_linear_decode_cuda(const Tensor x, const Tensor weight, std::optional<Tensor> absmax,
                                 std::optional<Tensor> nested_absmax, std::optional<Tensor> offset, int64_t blocksize,
                                 std::optional<Tensor> lora_A, std::optional<Tensor> lora_B, double scaling,
@@ -163,22 +179,54 @@ int64_t lora_linear_decode_takes_cuda(const Tensor weight, int64_t tokens, int64
   return lk_cuda_lora_linear_decode_takes(tokens, &base, rank);
 }
 
-std::tuple<int64_t, int64_t> lora_linear_decode_space_cuda(const Tensor weight, int64_t tokens, int64_t out_features,
+std::tuple<int64_t, int64_t> lora_linear_decode_scratch_cuda(const Tensor weight, int64_t tokens, int64_t out_features,
                                                            int64_t in_features, int64_t rank, bool nf4,
                                                            bool clustered) {
   Call call(weight);
-  const lk_decode_space space =
-      lk_cuda_lora_linear_decode_space(tokens, out_features, in_features, rank, nf4, clustered);
-  return {space.workspace, space.groups};
+  const lk_scratch space =
+      lk_cuda_lora_linear_decode_scratch(tokens, out_features, in_features, rank, nf4, clustered);
+  return {space.workspace, space.counters};
+}
+
+int64_t lora_linear_mixed_cuda(const Tensor x, const Tensor weight, std::optional<Tensor> absmax,
+                               std::optional<Tensor> nested_absmax, std::optional<Tensor> offset, int64_t blocksize,
+                               std::optional<Tensor> lora_A, std::optional<Tensor> lora_B, double scaling,
+                               std::optional<Tensor> bias, std::optional<Tensor> given_h, Tensor y,
+                               std::optional<Tensor> h, Tensor workspace, Tensor counters) {
+  Call call(y);
+  if (!call.ready()) return LK_NO_STREAM;
+  call.input("x", x), call.input("weight", weight), call.input("absmax", absmax);
+  call.input("nested_absmax", nested_absmax), call.input("offset", offset), call.input("lora_A", lora_A);
+  call.input("lora_B", lora_B), call.input("bias", bias), call.input("given_h", given_h), call.output("y", y);
+  call.output("h", h), call.output("workspace", workspace), call.inout("counters", counters);
+  lk_nf4_weight nf4;
+  const lk_base_weight base =
+      base_weight(weight, absmax, nested_absmax, offset, blocksize, y.size(1), x.size(1), &nf4);
+  const lk_adapter lora = adapter(lora_A, lora_B, scaling, 0, std::nullopt);
+  const lk_matrix rows = matrix(x), addend = matrix(bias);
+  return call.end(lk_cuda_lora_linear_mixed(&rows, x.size(0), &base, &lora, &addend,
+                                            given_h ? given_h->const_data_ptr() : nullptr, y.mutable_data_ptr(),
+                                            h ? h->mutable_data_ptr() : nullptr, workspace.mutable_data_ptr(),
+                                            static_cast<uint32_t*>(counters.mutable_data_ptr()), call.stream()));
+}
+
+std::tuple<int64_t, int64_t> lora_linear_mixed_scratch_cuda(const Tensor weight, int64_t tokens, int64_t out_features,
+                                                            int64_t in_features, int64_t rank) {
+  Call call(weight);
+  const lk_scratch scratch = lk_cuda_lora_linear_mixed_scratch(tokens, out_features, in_features, rank);
+  return {scratch.workspace, scratch.counters};
 }
 
 template <class Library>
 void implement(Library& m) {
   m.impl("nf4_quantize.out", TORCH_BOX(&nf4_quantize_cuda));
   m.impl("nf4_dequantize.out", TORCH_BOX(&nf4_dequantize_cuda));
+  m.impl("lora_dropout.out", TORCH_BOX(&lora_dropout_cuda));
   m.impl("lora_linear_decode.out", TORCH_BOX(&lora_linear_decode_cuda));
   m.impl("lora_linear_decode_takes", TORCH_BOX(&lora_linear_decode_takes_cuda));
-  m.impl("lora_linear_decode_space", TORCH_BOX(&lora_linear_decode_space_cuda));
+  m.impl("lora_linear_decode_scratch", TORCH_BOX(&lora_linear_decode_scratch_cuda));
+  m.impl("lora_linear_mixed.out", TORCH_BOX(&lora_linear_mixed_cuda));
+  m.impl("lora_linear_mixed_scratch", TORCH_BOX(&lora_linear_mixed_scratch_cuda));
 }
 
 }  // namespace

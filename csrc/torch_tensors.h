@@ -82,8 +82,15 @@ void define_out_overloads(Library& m) {
       "lora_linear_decode_takes(Tensor weight, int tokens, int out_features, int in_features, int blocksize, "
       "int rank) -> int");
   m.def(
-      "lora_linear_decode_space(Tensor weight, int tokens, int out_features, int in_features, int rank, bool "
-      "nf4, bool clustered) -> (int workspace, int groups)");
+      "lora_linear_decode_scratch(Tensor weight, int tokens, int out_features, int in_features, int rank, bool "
+      "nf4, bool clustered) -> (int workspace, int counters)");
+  m.def(
+      "lora_linear_mixed.out(Tensor x, Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? offset, "
+      "int blocksize, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? bias, Tensor? given_h, *, "
+      "Tensor(a!) y, Tensor(b!)? h, Tensor(c!) workspace, Tensor(d!) counters) -> int");
+  m.def(
+      "lora_linear_mixed_scratch(Tensor weight, int tokens, int out_features, int in_features, int rank) -> "
+      "(int workspace, int counters)");
 }
 
 }  // namespace lk::glue

@@ -9,7 +9,7 @@ extern "C" int lk_cuda_lora_linear_decode(const lk_matrix* x, int64_t tokens, co
                                                                  y, h, workspace, counters, stream);
 }
 
-extern "C" lk_decode_space lk_cuda_lora_linear_decode_space(int64_t tokens, int64_t out_features, int64_t in_features,
+extern "C" lk_scratch lk_cuda_lora_linear_decode_scratch(int64_t tokens, int64_t out_features, int64_t in_features,
                                                             int64_t rank, int nf4, int clustered) {
   using namespace lk::cuda;
   const decode::Plan plan = decode::make_plan(nf4 != 0, out_features, in_features, rank,

@@ -26,7 +26,7 @@ class CudaLaunchers:
         self._nf4_dequantize = ops.nf4_dequantize.out
         self._decode = ops.lora_linear_decode.out
         self._decode_takes = ops.lora_linear_decode_takes.default
-        self._decode_space = ops.lora_linear_decode_space.default
+        self._decode_scratch = ops.lora_linear_decode_scratch.default
         self._capability, self._failure = capability, failure
         # Of the kernels whose blocks meet at a counter: zero between launches, so one set serves every launch on a
         # stream, and no two streams may share one.
@@ -75,7 +75,7 @@ class CudaLaunchers:
     ) -> None:
         clustered = self.clustered(x.device)
         sizes = (x.shape[0], base.out_features, base.in_features, h.shape[1], base.quantized, clustered)
-        workspace, groups = self._decode_space(base.data, *sizes)
+        workspace, groups = self._decode_scratch(base.data, *sizes)
         status = self._decode(
             x,
             *(unit_columns(base.data), base.absmax, base.nested_absmax, base.offset, base.blocksize),

@@ -121,12 +121,17 @@ inline void dequantize(Rng& rng) {
   }
 }
 
-// lora_linear_decode, several launches one after the other on the same counters.
-inline void decode(Rng& rng, bool clustered) {
+enum class Kernel { decode, decode_clustered, mixed, mixed_given_h };
+
+// lora_linear by one of its kernels, several launches one after the other on the same counters.
+inline void lora_linear(Rng& rng, Kernel kernel) {
+  const bool clustered = kernel == Kernel::decode_clustered;
+  const bool mixed = kernel == Kernel::mixed || kernel == Kernel::mixed_given_h, given = kernel == Kernel::mixed_given_h;
   const int dtype = rng() % 2 == 0 ? LK_BF16 : LK_F16;
   const bool nf4 = rng() % 2 == 0, biased = rng() % 2 == 0;
-  const int64_t tokens = between(rng, 1, 8), k = 64 * between(rng, 1, 22), rank = between(rng, 0, 2) * between(rng, 1, 17);
+  const int64_t tokens = mixed ? between(rng, 1, 70) : between(rng, 1, 8), k = 64 * between(rng, 1, 22);
   const int64_t n = between(rng, 1, 150);
+  const int64_t rank = given ? between(rng, 1, 50) : mixed ? between(rng, 0, 16) : between(rng, 0, 2) * between(rng, 1, 17);
   lk::cuda::pretended_device() = {static_cast<int>(between(rng, 1, 24)), clustered ? 90 : 80};
   Buffer<uint16_t> x(tokens * k), dense(nf4 ? 0 : n * k), bias(biased ? n : 0), A(rank * k), B(n * rank);
   Nf4 w(rng, nf4 ? n * k : 64, 64, rng() % 2 == 0);
@@ -134,20 +139,32 @@ inline void decode(Rng& rng, bool clustered) {
     for (size_t i = 0; i < buffer->size; ++i) (*buffer)[i] = to_16(dtype, normal(rng));
   }
   const double scaling = 0.5;
-  const lk_decode_space space = lk_cuda_lora_linear_decode_space(tokens, n, k, rank, nf4, clustered);
-  Buffer<uint32_t> counters(space.groups), workspace(space.workspace / 4);
+  const lk_scratch space = mixed ? lk_cuda_lora_linear_mixed_scratch(tokens, n, k, rank)
+                                 : lk_cuda_lora_linear_decode_scratch(tokens, n, k, rank, nf4, clustered);
+  Buffer<uint32_t> counters(space.counters), workspace(space.workspace / 4);
   Buffer<uint16_t> y(tokens * n), h(tokens * rank);
+  std::vector<double> low(tokens * rank);  // h in double
+  for (int64_t i = 0; i < tokens * rank; ++i) {
+    for (int64_t c = 0; c < k; ++c) {
+      low[i] += double{from_16(dtype, x[i / rank * k + c])} * from_16(dtype, A[i % rank * k + c]);
+    }
+    if (given) h[i] = to_16(dtype, static_cast<float>(low[i]));
+  }
   for (int launch = 0; launch < 2; ++launch) {
     Memory memory;
     using simt::Use;
     x.use("x", Use::input), dense.use("weight", Use::input), bias.use("bias", Use::input);
-    A.use("lora_A", Use::input), B.use("lora_B", Use::input), y.use("y", Use::output), h.use("h", Use::output);
+    A.use("lora_A", Use::input), B.use("lora_B", Use::input), y.use("y", Use::output);
+    h.use("h", given ? Use::input : Use::output);
     counters.use("counters", Use::inout), workspace.use("workspace", Use::output);
     const lk_nf4_weight weight = nf4 ? w.view() : lk_nf4_weight{};
     const lk_base_weight base = {nf4 ? &weight : nullptr, {dense.get(), dtype, k}, n, k};
     const lk_adapter adapter = {{A.get(), dtype, k}, {B.get(), dtype, rank}, rank, scaling, 0, nullptr};
     const lk_matrix rows = {x.get(), dtype, k}, addend = {biased ? bias.get() : nullptr, dtype, n};
-    check_status(clustered ? lk_cuda_lora_linear_decode_clustered(&rows, tokens, &base, &adapter, &addend, y.get(),
+    check_status(mixed ? lk_cuda_lora_linear_mixed(&rows, tokens, &base, &adapter, &addend, given ? h.get() : nullptr,
+                                                   y.get(), given ? nullptr : h.get(), workspace.get(),
+                                                   counters.get(), nullptr)
+                 : clustered ? lk_cuda_lora_linear_decode_clustered(&rows, tokens, &base, &adapter, &addend, y.get(),
                                                                   h.get(), nullptr)
                            : lk_cuda_lora_linear_decode(&rows, tokens, &base, &adapter, &addend, y.get(), h.get(),
                                                         workspace.get(), counters.get(), nullptr));
@@ -155,11 +172,9 @@ inline void decode(Rng& rng, bool clustered) {
     // Norms of rows of K terms of unit variance; a wrong fragment, row or slice is off by much more.
     const double unit = dtype == LK_BF16 ? 8e-3 : 2e-3;
     for (int64_t t = 0; t < tokens; ++t) {
-      std::vector<double> low(rank);
       for (int64_t r = 0; r < rank; ++r) {
-        for (int64_t c = 0; c < k; ++c) low[r] += double{from_16(dtype, x[t * k + c])} * from_16(dtype, A[r * k + c]);
-        const double got = from_16(dtype, h[t * rank + r]), bound = unit * (std::abs(low[r]) + std::sqrt(double(k)));
-        if (!(std::abs(got - low[r]) <= bound)) throw Wrong("lora_linear_decode: wrong h");
+        const double want = low[t * rank + r], got = from_16(dtype, h[t * rank + r]);
+        if (!(std::abs(got - want) <= unit * (std::abs(want) + std::sqrt(double(k))))) throw Wrong("wrong h");
       }
       for (int64_t o = 0; o < n; ++o) {
         double sum = biased ? from_16(dtype, bias[o]) : 0, size = 1;
@@ -169,12 +184,12 @@ inline void decode(Rng& rng, bool clustered) {
           sum += product, size += product * product;
         }
         for (int64_t r = 0; r < rank; ++r) {
-          const double product = scaling * low[r] * from_16(dtype, B[o * rank + r]);
+          const double product = scaling * low[t * rank + r] * from_16(dtype, B[o * rank + r]);
           sum += product, size += product * product;
         }
         const double got = from_16(dtype, y[t * n + o]);
         if (!(std::abs(got - sum) <= unit * (std::abs(sum) + std::sqrt(size)))) {
-          throw Wrong("lora_linear_decode: wrong y[" + std::to_string(t) + ", " + std::to_string(o) + "]: " +
+          throw Wrong("wrong y[" + std::to_string(t) + ", " + std::to_string(o) + "]: " +
                       std::to_string(got) + ", expected " + std::to_string(sum));
         }
       }
@@ -189,8 +204,10 @@ struct Problem {
 inline const std::vector<Problem>& real_kernels() {
   static const std::vector<Problem> all = {
       {"nf4_dequantize", dequantize},
-      {"lora_linear_decode", [](Rng& rng) { decode(rng, false); }},
-      {"lora_linear_decode_clustered", [](Rng& rng) { decode(rng, true); }},
+      {"lora_linear_decode", [](Rng& rng) { lora_linear(rng, Kernel::decode); }},
+      {"lora_linear_decode_clustered", [](Rng& rng) { lora_linear(rng, Kernel::decode_clustered); }},
+      {"lora_linear_mixed", [](Rng& rng) { lora_linear(rng, Kernel::mixed); }},
+      {"lora_linear_mixed_given_h", [](Rng& rng) { lora_linear(rng, Kernel::mixed_given_h); }},
   };
   return all;
 }
