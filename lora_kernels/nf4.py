@@ -156,7 +156,7 @@ class NF4Weight:
             nested_blocksize = state.get("nested_blocksize")
         except KeyError as error:
             raise ValueError(f"{key}: the entry {error} is missing") from error
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{key}: not the JSON that describes an NF4 weight ({error})") from error
         if quant_type != "nf4":
             raise ValueError(f"{key}: quant_type is {quant_type!r}, expected 'nf4'")
