@@ -190,8 +190,8 @@ class NF4Weight:
         """The NF4Weight that shares the tensors of a bitsandbytes Params4bit, which is not changed.
 
         Raises:
-            ValueError: it is not quantised yet (bitsandbytes does that when it is moved), is not nf4, or has
-                another size of nested blocks.
+            ValueError: it is not quantised yet (bitsandbytes does that when it is moved), is not nf4, has
+                another size of nested blocks, or bitsandbytes has repacked it for its CPU kernel.
         """
         state = getattr(params, "quant_state", None)
         if state is None:
@@ -201,6 +201,13 @@ class NF4Weight:
             )
         if state.quant_type != "nf4":
             raise ValueError(f"the Params4bit has quant_type {state.quant_type!r}, expected 'nf4'")
+        if getattr(state, "packing_format_for_cpu", False):
+            # Its inverse gives the codes back, but the scales, double-quantised or float32, were made bfloat16.
+            raise ValueError(
+                "the Params4bit was repacked by a forward in eval mode on a CPU with AVX512-BF16, which rounded "
+                "its scales to bfloat16: convert the layer before its first forward in eval mode, or load its "
+                "weights again"
+            )
         nested_absmax = offset = None
         if state.nested:
             nested_blocksize = state.state2.blocksize
