@@ -202,11 +202,11 @@ class NF4Weight:
         if state.quant_type != "nf4":
             raise ValueError(f"the Params4bit has quant_type {state.quant_type!r}, expected 'nf4'")
         if getattr(state, "packing_format_for_cpu", False):
-            # Its inverse gives the codes back, but the scales, double-quantised or float32, were made bfloat16.
+            # Its inverse gives the codes back, but not the scales.
             raise ValueError(
-                "the Params4bit was repacked by a forward in eval mode on a CPU with AVX512-BF16, which rounded "
-                "its scales to bfloat16: convert the layer before its first forward in eval mode, or load its "
-                "weights again"
+                "the Params4bit was repacked by a forward in eval mode on a CPU with AVX512-BF16, which "
+                "rounded its scales to bfloat16: convert the layer before its first forward in eval mode, or "
+                "load its weights again"
             )
         nested_absmax = offset = None
         if state.nested:
