@@ -36,8 +36,8 @@ class NF4Weight:
         dtype: what the weight was before, and what `dequantize()` returns.
 
     Raises:
-        ValueError: a scale is a NaN or an infinity. Looked for in CPU tensors alone, where it costs little, and
-            not where `check_scales` is False: for whoever makes one at every call of the same tensors.
+        ValueError: a scale is a NaN or an infinity. Looked for in CPU tensors alone, where it costs little,
+            and not where `check_scales` is False: for whoever makes one at every call of the same tensors.
 
     Source: Dettmers et al. 2023 (QLoRA), section 3.
     """
