@@ -290,8 +290,19 @@ def test_a_non_finite_weight_is_remembered(kernels):
         (torch.randn(64), 64, ValueError, "expected 2 dimensions"),
         (torch.randn(4, 64).double(), 64, TypeError, "weight has dtype torch.float64"),
         (torch.ones(4, 64, dtype=torch.int32), 64, TypeError, "weight has dtype torch.int32"),
+        ([[1.0, 2.0]], 64, TypeError, "nf4_quantize: weight is a list, expected a Tensor"),
     ],
 )
 def test_bad_arguments_are_named(weight, blocksize, error, message, backend):
     with pytest.raises(error, match=message):
         lk.nf4_quantize(weight, blocksize)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_a_weight_made_of_scales_that_are_not_finite_is_refused(double_quant):
+    good = lk.nf4_quantize(torch.randn(8, 64), double_quant=double_quant)
+    for part in ("nested_absmax", "offset") if double_quant else ("absmax",):
+        parts = {"nested_absmax": None, "offset": None} | {k: t.clone() for k, t in good.tensors().items()}
+        parts[part].view(-1)[0] = float("nan")
+        with pytest.raises(ValueError, match=rf"weight\.{part} holds a NaN or an infinity"):
+            lk.NF4Weight(**parts, shape=good.shape, blocksize=64, dtype=torch.float32)
