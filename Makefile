@@ -22,7 +22,9 @@ export PYTHONPATH := $(CURDIR)
 
 BUILD_NEEDS := "setuptools>=77" wheel ninja pybind11 numpy safetensors
 FINETUNE_NEEDS := "transformers>=5" tqdm matplotlib
-TEST_NEEDS := pytest pytest-benchmark hypothesis "peft>=0.18" "bitsandbytes>=0.50" accelerate
+# triton: its wheel, for Linux only, brings cuobjdump, by which the tests read the GPU's machine code.
+TEST_NEEDS := pytest pytest-benchmark hypothesis "peft>=0.18" "bitsandbytes>=0.50" accelerate \
+	"triton; sys_platform == 'linux'"
 LINT_NEEDS := ruff==0.17.6 clang-format==23.1.5
 
 .PHONY: finetune test bench bench-compare gpu lint format build clean

@@ -6,7 +6,8 @@
 # Needs nvcc, a CUDA device, and a python3 (or $PYTHON) with torch, setuptools and ninja; no network, no virtual
 # environment. Every stage has a time limit, whatever fails is recorded and the rest goes on, and the whole takes under
 # 8 minutes. Leaves in FOLDER: log.txt, env.txt, tests.txt, junit.xml, baseline.json, baseline.md, status.json.
-# Exit status: 0; 1 when a stage failed; 3 when the machine has no nvcc or no device (what can run without, is run).
+# Exit status: 0; 1 when a stage failed or had no time left (tests that are skipped for want of pytest are no failure);
+# 3 when the machine has no nvcc or no device (what can run without, is run).
 
 set -u
 
@@ -163,7 +164,8 @@ else
     stage tests 150 "$out/tests.txt" "$python" -m pytest tests/gpu -m gpu -q --tb=short --durations=5 \
       -p no:cacheprovider --junitxml="$out/junit.xml"
   else
-    record tests failed 0 "pytest is not importable: only tests/gpu/smoke.py ran"
+    record tests skipped 0 "pytest is not importable: tests/gpu/smoke.py, with its opchecks, is all that ran"
+    optional=tests
   fi
   left=$((total_s - (SECONDS - start)))
   budget=$((left - 15))
@@ -175,7 +177,7 @@ trap - INT TERM HUP
 print_end | tee -a "$log"
 [ -z "$missing" ] || exit 3
 [ "$preflight_ok" -eq 0 ] || exit 1
-for state in "${states[@]}"; do
-  [ "$state" = ok ] || exit 1
+for i in "${!names[@]}"; do
+  [ "${states[i]}" = ok ] || [ "${names[i]}" = "${optional:-}" ] || exit 1
 done
 exit 0

@@ -45,7 +45,7 @@ FORWARD, BOTH = "forward", "forward+backward"
 SMOKE_SHAPES = (Shape(96, 64, "smoke"), Shape(70, 91, "smoke"))
 SMOKE_TOKENS = (1, 8)
 # The order in which T is measured: the ends and the middle of the range before what lies between.
-TOKEN_ORDER = (1, 2048, 16, 256, 4096, 8192, 8, 64, 1024)
+TOKEN_ORDER = (1, 2048, 16, 256, 4096, 8192, 8, 64, 1024, 16384)
 DROPOUT_SHAPES, DROPOUT_P, DROPOUT_MIN_TOKENS = 3, 0.1, 2048
 PEER_LIMIT = (
     2e-2  # a peer rounds more often than we allow ourselves; this only says that it computes the same map

@@ -33,7 +33,7 @@ SHAPES = (
     Shape(1536, 576, "a small model"),
     Shape(3420, 1000, "divisible by nothing"),
 )
-TOKENS_GPU = (1, 8, 16, 64, 256, 1024, 2048, 4096, 8192)
+TOKENS_GPU = (1, 8, 16, 64, 256, 1024, 2048, 4096, 8192, 16384)
 
 
 class Case(NamedTuple):

@@ -15,6 +15,11 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def check_tensor(op: str, name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} is a {type(value).__name__}, expected a Tensor")
+
+
 def check_dtype(op: str, name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
     if tensor.dtype not in allowed:
         expected = ", ".join(str(d).removeprefix("torch.") for d in allowed)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels import ops
+from lora_kernels.checks import check_tensor
 from lora_kernels.nf4 import NF4Weight
 
 # Where the arguments of the op lora_linear stand.
@@ -109,11 +110,28 @@ def dropout_rng(device: torch.device | str) -> Tensor:
     return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device)
 
 
+def _refuse_function_transforms(op: str) -> None:
+    """torch.func.grad, vjp, jacrev and jvp; vmap alone is served, by a loop of torch's.
+
+    A registered op has no forward derivative: of jvp there would be a tangent of zero.
+    """
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+        return
+    kinds = {str(level.key()).rsplit(".", 1)[-1] for level in torch._C._functorch.get_interpreter_stack()}
+    if kinds & {"Grad", "Jvp"}:
+        raise RuntimeError(
+            f"{op}: the transforms of torch.func (grad, vjp, jacrev, jvp, ...) are not supported; use "
+            f"torch.autograd.grad, or the pure-PyTorch lora_kernels.reference.{op} inside the transform"
+        )
+
+
 def _base_arguments(op: str, x: Tensor, weight: Tensor | NF4Weight) -> tuple[Tensor, tuple, int]:
     """x and the base as the ops take them (weight, absmax, nested_absmax, offset, blocksize), and N.
 
     Under autocast x and a dense weight come in its dtype.
     """
+    check_tensor(op, "x", x)
+    _refuse_function_transforms(op)
     if isinstance(weight, NF4Weight):
         out_features, in_features = weight.shape
         if x.dim() > 0 and x.shape[-1] != in_features:

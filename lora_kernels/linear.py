@@ -224,6 +224,7 @@ class FusedLoRALinear(nn.Module):
         return NF4Weight(
             *(self.weight, self.absmax, self.nested_absmax, self.offset),
             *(shape, self.blocksize, self.base_dtype),
+            check_scales=False,
         )
 
     def dequantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:

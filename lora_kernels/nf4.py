@@ -35,6 +35,10 @@ class NF4Weight:
         blocksize: weights to a scale: a power of two from 32 to 4096.
         dtype: what the weight was before, and what `dequantize()` returns.
 
+    Raises:
+        ValueError: a scale is a NaN or an infinity. Looked for in CPU tensors alone, where it costs little,
+            and not where `check_scales` is False: for whoever makes one at every call of the same tensors.
+
     Source: Dettmers et al. 2023 (QLoRA), section 3.
     """
 
@@ -49,9 +53,12 @@ class NF4Weight:
         shape: tuple[int, int],
         blocksize: int,
         dtype: torch.dtype,
+        check_scales: bool = True,
     ) -> None:
         self.packed, self.absmax, self.nested_absmax, self.offset = packed, absmax, nested_absmax, offset
         self.shape, self.blocksize, self.dtype = torch.Size(shape), blocksize, dtype
+        if check_scales and not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0:
+            self._check_scales("weight", ("cpu",))
 
     @property
     def device(self) -> torch.device:
@@ -102,6 +109,7 @@ class NF4Weight:
             self.shape,
             self.blocksize,
             self.dtype,
+            check_scales=False,
         )
 
     def state_dict(self, prefix: str = "weight") -> dict[str, Tensor]:
@@ -156,7 +164,7 @@ class NF4Weight:
             nested_blocksize = state.get("nested_blocksize")
         except KeyError as error:
             raise ValueError(f"{key}: the entry {error} is missing") from error
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{key}: not the JSON that describes an NF4 weight ({error})") from error
         if quant_type != "nf4":
             raise ValueError(f"{key}: quant_type is {quant_type!r}, expected 'nf4'")
@@ -190,8 +198,8 @@ class NF4Weight:
         """The NF4Weight that shares the tensors of a bitsandbytes Params4bit, which is not changed.
 
         Raises:
-            ValueError: it is not quantised yet (bitsandbytes does that when it is moved), is not nf4, or has
-                another size of nested blocks.
+            ValueError: it is not quantised yet (bitsandbytes does that when it is moved), is not nf4, has
+                another size of nested blocks, or bitsandbytes has repacked it for its CPU kernel.
         """
         state = getattr(params, "quant_state", None)
         if state is None:
@@ -201,6 +209,13 @@ class NF4Weight:
             )
         if state.quant_type != "nf4":
             raise ValueError(f"the Params4bit has quant_type {state.quant_type!r}, expected 'nf4'")
+        if getattr(state, "packing_format_for_cpu", False):
+            # Its inverse gives the codes back, but not the scales.
+            raise ValueError(
+                "the Params4bit was repacked by a forward in eval mode on a CPU with AVX512-BF16, which "
+                "rounded its scales to bfloat16: convert the layer before its first forward in eval mode, or "
+                "load its weights again"
+            )
         nested_absmax = offset = None
         if state.nested:
             nested_blocksize = state.state2.blocksize
@@ -221,8 +236,11 @@ class NF4Weight:
     def check(self, name: str = "weight") -> None:
         """Raises ValueError or TypeError, naming the part, where the tensors do not make an NF4 weight."""
         checks.check_nf4(self.base_weight(), "NF4 weight", name, separator=".")
+        self._check_scales(name, ("cpu", "cuda"))
+
+    def _check_scales(self, name: str, devices: tuple[str, ...]) -> None:
         for part, tensor in self.tensors().items():
-            if tensor.is_meta or tensor.dtype != torch.float32:
+            if tensor.dtype != torch.float32 or tensor.device.type not in devices:
                 continue
             if not bool(torch.isfinite(tensor).all()):
                 raise ValueError(f"NF4 weight: {name}.{part} holds a NaN or an infinity")
@@ -262,16 +280,18 @@ def nf4_quantize(weight: Tensor, blocksize: int = 64, double_quant: bool = True)
 
     Raises:
         ValueError: a NaN or infinity in the weight, a bad blocksize, not two dimensions.
-        TypeError: another dtype.
+        TypeError: another dtype, or no tensor.
 
     Source: Dettmers et al. 2023 (QLoRA), section 3.
     """
+    checks.check_tensor("nf4_quantize", "weight", weight)
     packed, absmax, nested_absmax, offset = torch.ops.lora_kernels.nf4_quantize(
         weight.detach(), blocksize, double_quant
     )
     if not double_quant:
         nested_absmax = offset = None
-    return NF4Weight(packed, absmax, nested_absmax, offset, tuple(weight.shape), blocksize, weight.dtype)
+    parts = (packed, absmax, nested_absmax, offset)
+    return NF4Weight(*parts, tuple(weight.shape), blocksize, weight.dtype, check_scales=False)
 
 
 def nf4_bytes(numel: int, blocksize: int = 64, double_quant: bool = True) -> int:

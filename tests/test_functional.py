@@ -256,6 +256,7 @@ BAD = [
     ({"weight": torch.randn(N, K, requires_grad=True)}, ValueError, "weight requires a gradient"),
     ({"weight": torch.randn(N)}, ValueError, "N = -1|weight has shape"),
     ({"weight": [1, 2]}, TypeError, "weight is a list"),
+    ({"x": [1.0, 2.0]}, TypeError, "x is a list, expected a Tensor"),
 ]
 
 
@@ -266,3 +267,23 @@ def test_bad_arguments_are_named(changed, error, message):
     positional = [arguments.pop(name) for name in ("x", "weight", "A", "B")]
     with pytest.raises(error, match=message):
         lk.lora_linear(*positional, **arguments)
+
+
+def test_function_transforms_are_refused_and_not_wrong():
+    """jvp would give a tangent of zero: a registered op has no forward derivative."""
+    x, weight, A, B, _ = problem()
+    index = torch.zeros(x.shape[:-1], dtype=torch.int64)
+    calls = {
+        "lora_linear": lambda a: lk.lora_linear(x, weight, a, B).sum(),
+        "lora_linear_batched": lambda a: lk.lora_linear_batched(x, weight, [a], [B], [1.0], index).sum(),
+        "dora_linear": lambda a: lk.dora_linear(x, weight, a, B, torch.ones(weight.shape[0])).sum(),
+    }
+    for op, call in calls.items():
+        for transform in (
+            lambda f: torch.func.grad(f)(A),
+            lambda f: torch.func.vjp(f, A),
+            lambda f: torch.func.jvp(f, (A,), (A,)),
+            lambda f: torch.func.grad(lambda a: torch.func.vmap(lambda _: f(a))(torch.ones(2)).sum())(A),
+        ):
+            with pytest.raises(RuntimeError, match=f"^{op}: the transforms of torch.func .*reference.{op}"):
+                transform(call)

@@ -1,10 +1,14 @@
 """nf4_quantize on every backend: the same bytes as the specification, and as bitsandbytes."""
 
+import math
+
+import numpy as np
 import pytest
+import simt_backend
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from variants import VARIANTS, variant
+from variants import VARIANTS, module, variant
 
 import lora_kernels as lk
 from lora_kernels import reference
@@ -85,6 +89,58 @@ def test_codes_and_scales_equal_bitsandbytes(blocksize, dtype, kernels):
             ours = lk.nf4_quantize(w, blocksize, double_quant=False)
             assert torch.equal(ours.packed, packed), (kind, shape)
             assert torch.equal(ours.absmax, state.absmax), (kind, shape)
+
+
+@pytest.mark.parametrize("blocksize", reference.NF4_BLOCKSIZES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_blocks_and_a_short_one(blocksize, dtype, kernels):
+    """More weights than a small GPU takes at once, whole blocks that fill no tile, and a short one."""
+    if kernels.startswith("simt"):
+        simt_backend.pretend(1, 80)
+    n = 9 * 8192 + 3 * blocksize + 31
+    w = (torch.randn(1, n) * 10.0 ** torch.randint(-3, 3, (1, n))).to(dtype)
+    got, wanted = lk.nf4_quantize(w, blocksize), reference.nf4_quantize(w, blocksize)
+    for ours, spec in zip(got.tensors().values(), wanted, strict=True):
+        assert torch.equal(ours, spec)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights_and_bytes_may_start_anywhere(dtype, kernels):
+    for n, blocksize in ((64 * 40, 64), (3 * 4096 + 17, 4096), (333, 32)):
+        storage = torch.randn(n + 16).to(dtype)
+        for weight_shift, packed_shift in ((0, 0), (0, 1), (0, 2), (1, 0), (3, 3), (8, 4)):
+            w = storage[weight_shift : weight_shift + n].view(1, n)
+            around = torch.full(((n + 1) // 2 + 8,), 0xA5, dtype=torch.uint8)
+            packed = around[packed_shift : packed_shift + (n + 1) // 2].view(-1, 1)
+            absmax = torch.empty(math.ceil(n / blocksize))
+            module().nf4_quantize(w, blocksize, packed, absmax, None, None, None)
+            wanted = reference.nf4_quantize(w, blocksize, double_quant=False)
+            assert torch.equal(packed, wanted[0]), (n, weight_shift, packed_shift)
+            assert torch.equal(absmax, wanted[1]), (n, weight_shift, packed_shift)
+            assert bool((around[:packed_shift] == 0xA5).all())
+            assert bool((around[packed_shift + len(packed) :] == 0xA5).all())
+
+
+def in_index_order(scales: list[float]) -> float:
+    total = 0.0
+    for scale in scales:
+        total += scale
+    return float(np.float32(total / len(scales)))
+
+
+def test_the_mean_of_the_scales_is_summed_in_index_order(kernels):
+    """In fp32 the order hardly ever shows. Here it does: 4094 addends vanish one by one, or grow."""
+    vanishing = [1.0, 2.0**-24, *[2.0**-54] * 4094]
+    growing = [1.0, float(np.float32(2.0**-24 - 4094 * 1.75 * 2.0**-53)), *[1.5 * 2.0**-53] * 4094]
+    assert in_index_order(vanishing) < np.float32(math.fsum(vanishing) / len(vanishing))
+    assert in_index_order(growing) > np.float32(math.fsum(growing) / len(growing))
+    tie = [1.0, 1 + 2.0**-23] * 300
+    spread = (torch.rand(5000) * 2.0 ** torch.randint(-100, 100, (5000,))).tolist()
+    extremes = ([0.0] * 300, [1e-45] * 7, [3e38] * 2049)
+    for scales in (vanishing, growing, vanishing[::-1], growing[::-1], tie, spread, spread[:1], *extremes):
+        w = torch.zeros(len(scales), 32)
+        w[:, 7] = torch.tensor(scales)
+        assert lk.nf4_quantize(w, 32).offset.item() == in_index_order(scales)
 
 
 def test_double_quantised_scales_are_no_worse_than_bitsandbytes(backend):
@@ -181,6 +237,7 @@ def test_bytes_do_not_depend_on_the_number_of_threads():
 def test_an_empty_weight_has_no_bytes(backend):
     weight = lk.nf4_quantize(torch.empty(0, 16))
     assert weight.packed.numel() == 0 and weight.dequantize().shape == (0, 16)
+    assert weight.offset == 0
 
 
 def test_the_weight_is_not_changed(backend):
@@ -199,6 +256,32 @@ def test_non_finite_weights_are_refused(bad, dtype, backend):
         lk.nf4_quantize(w)
 
 
+@pytest.mark.parametrize("blocksize", [32, 256, 4096])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_non_finite_weight_is_enough(blocksize, dtype, kernels):
+    """Wherever it is: in the first block, in the last whole one, in the short one."""
+    n = 3 * 4096 + 21
+    for at in (0, 2, 31, 3 * 4096 - 1, 3 * 4096 - 2, n - 1):
+        for bad in (math.nan, math.inf):
+            w = torch.randn(1, n).to(dtype)
+            w[0, at] = bad
+            for double_quant in (False, True):
+                with pytest.raises(ValueError, match="weight holds a NaN or an infinity"):
+                    lk.nf4_quantize(w, blocksize, double_quant)
+            w[0, at] = torch.finfo(dtype).max
+            lk.nf4_quantize(w, blocksize)  # what was found there is forgotten
+
+
+def test_a_non_finite_weight_is_remembered(kernels):
+    """By threads that go on to other weights after it."""
+    if kernels.startswith("simt"):
+        simt_backend.pretend(1, 80)
+    w = torch.randn(1, 9 * 8192)
+    w[0, 5] = math.nan
+    with pytest.raises(ValueError, match="weight holds a NaN or an infinity"):
+        lk.nf4_quantize(w)
+
+
 @pytest.mark.parametrize(
     ("weight", "blocksize", "error", "message"),
     [
@@ -207,8 +290,19 @@ def test_non_finite_weights_are_refused(bad, dtype, backend):
         (torch.randn(64), 64, ValueError, "expected 2 dimensions"),
         (torch.randn(4, 64).double(), 64, TypeError, "weight has dtype torch.float64"),
         (torch.ones(4, 64, dtype=torch.int32), 64, TypeError, "weight has dtype torch.int32"),
+        ([[1.0, 2.0]], 64, TypeError, "nf4_quantize: weight is a list, expected a Tensor"),
     ],
 )
 def test_bad_arguments_are_named(weight, blocksize, error, message, backend):
     with pytest.raises(error, match=message):
         lk.nf4_quantize(weight, blocksize)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_a_weight_made_of_scales_that_are_not_finite_is_refused(double_quant):
+    good = lk.nf4_quantize(torch.randn(8, 64), double_quant=double_quant)
+    for part in ("nested_absmax", "offset") if double_quant else ("absmax",):
+        parts = {"nested_absmax": None, "offset": None} | {k: t.clone() for k, t in good.tensors().items()}
+        parts[part].view(-1)[0] = float("nan")
+        with pytest.raises(ValueError, match=rf"weight\.{part} holds a NaN or an infinity"):
+            lk.NF4Weight(**parts, shape=good.shape, blocksize=64, dtype=torch.float32)

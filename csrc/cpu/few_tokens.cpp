@@ -31,8 +31,8 @@ constexpr int64_t kLine = 128;  // weights to a cache line of codes
 
 bool few_tokens(int64_t tokens, const Matrix& weight) {
 #if defined(__x86_64__)
-  return tokens <= kFewTokens && isa() >= Isa::avx512 && weight.nf4 != nullptr && weight.cols > 0 &&
-         weight.cols % kLine == 0 && blocks_fit_rows(weight);
+  return tokens > 0 && tokens <= kFewTokens && isa() >= Isa::avx512 && weight.nf4 != nullptr &&
+         weight.cols > 0 && weight.cols % kLine == 0 && blocks_fit_rows(weight);
 #else
   (void)tokens, (void)weight;
   return false;

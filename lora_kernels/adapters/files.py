@@ -159,7 +159,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder}: no {CONFIG_FILE} in it, so this is not an adapter's folder")
     try:
         config = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # syntax, encoding, endless brackets or digits
         raise ValueError(f"{file}: not JSON: {error}") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__

@@ -1,7 +1,7 @@
 """The CUDA backend: fused kernels where there are some, else panels around torch's GEMM.
 
-nf4_quantize and the dropout mask have no CUDA kernel of their own yet: they run the specification's PyTorch
-code on the device, which gives the same bytes and the same mask; `explain` says so.
+The dropout mask has no CUDA kernel of its own yet: it runs the specification's PyTorch code on the device,
+which gives the same mask; `explain` says so.
 """
 
 import functools
@@ -31,7 +31,6 @@ __all__ = [
 class CudaBackend:
     """The functions of a backend over one library of CUDA launchers."""
 
-    nf4_quantize = staticmethod(reference.nf4_quantize)
     lora_dropout = staticmethod(reference.lora_dropout)
 
     def __init__(self, launchers: CudaLaunchers, archs: str) -> None:
@@ -50,6 +49,19 @@ class CudaBackend:
                 "lora_kernels was built without CUDA (no nvcc was found). Install CUDA's compiler and build "
                 'again, or choose the slow pure-PyTorch backend with lora_kernels.use_backend("reference")'
             )
+
+    def nf4_quantize(
+        self,
+        weight: Tensor,
+        blocksize: int,
+        packed: Tensor,
+        absmax: Tensor,
+        codes: Tensor | None,
+        nested_absmax: Tensor | None,
+        offset: Tensor | None,
+    ) -> None:
+        self._check_built()
+        self._launchers.nf4_quantize(weight, blocksize, packed, absmax, codes, nested_absmax, offset)
 
     def nf4_dequantize(self, base: BaseWeight, row: int, col: int, out: Tensor) -> None:
         self._check_built()

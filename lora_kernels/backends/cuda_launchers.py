@@ -5,12 +5,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lora_kernels.backends.native import raise_for, unit_columns
+from lora_kernels.backends.native import _NONFINITE, raise_for, unit_columns
 from lora_kernels.base_weight import BaseWeight
 
 _16_BIT = (torch.bfloat16, torch.float16)
 _COMPILED = (torch.float32, *_16_BIT)
 MOST_DECODE_TOKENS = 8
+_QUANTIZE_SCRATCH = 2 + 256
+"""int64 elements: whether a NaN or an infinity was met, a counter, LK_NF4_PARTIAL_SUMS of csrc/api.h."""
 
 
 class CudaLaunchers:
@@ -23,6 +25,7 @@ class CudaLaunchers:
     def __init__(
         self, ops: object, capability: Callable[[torch.device], int], failure: Callable[[int], str]
     ) -> None:
+        self._nf4_quantize = ops.nf4_quantize.out
         self._nf4_dequantize = ops.nf4_dequantize.out
         self._decode = ops.lora_linear_decode.out
         self._decode_takes = ops.lora_linear_decode_takes.default
@@ -31,6 +34,25 @@ class CudaLaunchers:
         # Of the kernels whose blocks meet at a counter: zero between launches, so one set serves every launch on a
         # stream, and no two streams may share one.
         self._counters: dict[tuple[torch.device, int], Tensor] = {}
+
+    def nf4_quantize(
+        self,
+        weight: Tensor,
+        blocksize: int,
+        packed: Tensor,
+        absmax: Tensor,
+        codes: Tensor | None,
+        nested_absmax: Tensor | None,
+        offset: Tensor | None,
+    ) -> None:
+        """Waits for the device, to learn whether the weight is finite. Captured in a CUDA graph it never learns."""
+        scratch = weight.new_zeros(_QUANTIZE_SCRATCH, dtype=torch.int64)
+        outputs = {"codes": codes, "nested_absmax": nested_absmax, "offset": offset, "scratch": scratch}
+        status = self._nf4_quantize(weight, blocksize, packed=packed, absmax=absmax, **outputs)
+        capturing = weight.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if status == 0 and not capturing and scratch[0].item() != 0:
+            status = _NONFINITE
+        raise_for(status, "nf4_quantize", "weight", weight.dtype, self._failure)
 
     def nf4_dequantize(self, base: BaseWeight, row: int, col: int, out: Tensor) -> None:
         """The rectangle of W at (row, col) of out's shape -> out [rows, cols], which has unit column stride."""

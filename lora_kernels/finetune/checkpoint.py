@@ -11,6 +11,11 @@ from lora_kernels.finetune.errors import UsageError, one_line, writing
 
 FILE = "checkpoint.pt"
 _VERSION = 1
+# What a run needs to go on: Trainer.state(), the settings, and what the data was.
+_HOLDS = {
+    **dict.fromkeys(("settings", "sources", "adapter", "optimizer", "scaler", "rng", "history"), dict),
+    **dict.fromkeys(("step", "threads"), int),
+}
 
 
 def save(folder: Path, state: dict[str, Any]) -> None:
@@ -49,6 +54,11 @@ def load(folder: Path) -> dict[str, Any]:
         raise UsageError(f"argument --resume: {path} cannot be read: {one_line(error)}") from error
     if not isinstance(state, dict) or state.get("version") != _VERSION:
         raise UsageError(f"argument --resume: {path} is not a checkpoint of this version of lora_kernels")
+    wrong = next((key for key, kind in _HOLDS.items() if not isinstance(state.get(key), kind)), None)
+    if wrong is not None:
+        raise UsageError(
+            f"argument --resume: {path} is damaged: its entry {wrong!r} is missing or of another type"
+        )
     return state
 
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_kernels.finetune.errors import UsageError
+from lora_kernels.finetune.errors import UsageError, one_line
 
 IGNORED = -100  # a label that is no target, as in torch.nn.functional.cross_entropy
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -161,6 +161,8 @@ def _records(text: str, path: Path, argument: str) -> Iterator[Document]:
             raise UsageError(
                 f"{where}: not JSON ({error.msg} at column {error.colno}); expected {_EXPECTED}"
             ) from error
+        except (ValueError, RecursionError) as error:  # thousands of digits or brackets
+            raise UsageError(f"{where}: {one_line(error)}; expected {_EXPECTED}") from error
         if not isinstance(record, dict):
             raise UsageError(f"{where}: got a JSON {type(record).__name__}, expected {_EXPECTED}")
         found = next((columns for columns in _FORMS if columns <= record.keys()), None)
@@ -175,6 +177,11 @@ def _records(text: str, path: Path, argument: str) -> Iterator[Document]:
             if not isinstance(record[column], str):
                 kind = type(record[column]).__name__
                 raise UsageError(f"{where}: column {column!r} is a {kind}, expected a string")
+            lone = lone_surrogate(record[column])
+            if lone is not None:
+                raise UsageError(
+                    f"{where}: column {column!r} has \\u{lone:04x} alone, half of a character that takes two"
+                )
         if "text" in found:
             if record["text"]:
                 yield Document(record["text"])
@@ -182,6 +189,15 @@ def _records(text: str, path: Path, argument: str) -> Iterator[Document]:
             yield Document(record["completion"], record["prompt"])
         else:
             raise UsageError(f"{where}: column 'completion' is empty: there is nothing to learn from it")
+
+
+def lone_surrogate(text: str) -> int | None:
+    """The code of a UTF-16 surrogate in a string, which no tokenizer takes, if there is one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return ord(text[error.start])
+    return None
 
 
 def split(corpus: Corpus, fraction: float, seed: int) -> tuple[list[Document], list[Document]]:

@@ -34,6 +34,8 @@ class Interrupted(BaseException):
 def one_line(error: BaseException | str, limit: int = 300) -> str:
     """The first paragraph of a message on one line."""
     text = str(error).strip() or type(error).__name__
+    if isinstance(error, KeyError):  # its text is the key alone
+        text = f"{type(error).__name__}: {text}"
     text = " ".join(text.split("\n\n")[0].split())
     return text if len(text) <= limit else text[: limit - 1] + "…"
 

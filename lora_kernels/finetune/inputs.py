@@ -73,9 +73,9 @@ def read_documents(settings: Settings, library: list[tuple[str, str]]) -> Docume
 def check_same(saved: Sources, now: Sources) -> None:
     """Refuse to resume over other data than the run was started with."""
     for name, source in saved.items():
-        if now.get(name, {}).get("sha256") != source["sha256"]:
+        if now.get(name, {}).get("sha256") != source.get("sha256", ""):
             raise UsageError(
-                f"argument --resume: {source['source']} (--{name}) is not what the run was started with; "
+                f"argument --resume: {source.get('source')} (--{name}) is not what the run was started with; "
                 f"put it back, or start a new run"
             )
 

@@ -23,7 +23,6 @@ def load_model(folder: Path, dtype: str, device: torch.device) -> nn.Module:
         UsageError: the folder cannot be loaded, in the first line of what transformers says about it.
     """
     import transformers
-    from safetensors import SafetensorError
 
     try:
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
@@ -33,7 +32,7 @@ def load_model(folder: Path, dtype: str, device: torch.device) -> nn.Module:
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except Exception as error:  # whatever a folder with a wrong value makes of transformers
         raise UsageError(
             f"argument --model: {folder} cannot be loaded as a causal language model: {one_line(error)}"
         ) from error
@@ -43,6 +42,11 @@ def load_model(folder: Path, dtype: str, device: torch.device) -> nn.Module:
             f"argument --model: the weights in {folder} lack {len(missing)} of the model's tensors: "
             f"{missing[0]} for one"
         )
+    broken = next((name for name, p in model.named_parameters() if not _finite(p.detach())), None)
+    if broken is not None:
+        raise UsageError(
+            f"argument --model: the weights in {folder} hold a NaN or an infinity: {broken} does"
+        )
     if model.dtype not in DTYPES.values():
         raise UsageError(
             f"argument --model: {folder} has dtype {model.dtype}, expected one of {', '.join(DTYPES)}"
@@ -50,20 +54,30 @@ def load_model(folder: Path, dtype: str, device: torch.device) -> nn.Module:
     return model.to(device).eval()
 
 
+def _finite(tensor: torch.Tensor) -> bool:
+    """Without a temporary of the tensor's size; a NaN is the minimum of everything."""
+    return tensor.numel() == 0 or all(bool(bound.isfinite()) for bound in torch.aminmax(tensor))
+
+
 def load_tokenizer(folder: Path):
     """The folder's tokeniser.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is none, or config.json, which tells its kind, has a value that cannot be.
     """
     import transformers
-    from safetensors import SafetensorError
 
+    try:
+        transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # as above
+        raise UsageError(
+            f"argument --model: {folder} has no usable config.json: {one_line(error)}"
+        ) from error
     try:
         return transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError, TypeError, ImportError, SafetensorError) as error:
+    except Exception as error:  # as above
         raise UsageError(f"argument --model: {folder} has no usable tokenizer: {one_line(error)}") from error
 
 
@@ -73,6 +87,16 @@ def check_seq_len(model: nn.Module, seq_len: int) -> None:
     if limit is not None and seq_len > limit:
         raise UsageError(
             f"argument --seq-len: got {seq_len}, expected at most {limit}, the model's longest input"
+        )
+
+
+def check_token(model: nn.Module, token: int, folder: Path) -> None:
+    """Refuse a tokenizer whose largest `token` the model has no embedding for."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if token >= rows:
+        raise UsageError(
+            f"argument --model: the tokenizer in {folder} gives token {token}, but the model has embeddings "
+            f"for 0 to {rows - 1}: they do not belong together"
         )
 
 
@@ -114,9 +138,14 @@ def add_adapters(model: nn.Module, settings: Settings) -> list[str]:
         ) from error
 
 
-def pad_id(tokenizer) -> int:
-    """A token to fill rows with. Which one does not matter: it is no target, and no target looks at it."""
-    return next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+def pad_id(tokenizer, model: nn.Module) -> int:
+    """A token to fill rows with. Which one does not matter: it is no target, and no target looks at it.
+
+    Some tokenizers have one that was added after the model's embeddings were made.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((t for t in candidates if t is not None and t < rows), 0)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ import lora_kernels as lk
 from lora_kernels.adapters.files import write_atomically
 from lora_kernels.finetune import checkpoint, measure, models, report, stdlib_base
 from lora_kernels.finetune.data import Rows
-from lora_kernels.finetune.errors import Interrupted, RunError, writing
+from lora_kernels.finetune.errors import Interrupted, RunError, UsageError, one_line, writing
 from lora_kernels.finetune.inputs import Inputs, check_same, read_documents, tokenize_documents
 from lora_kernels.finetune.output import ADAPTER, METRICS, PLOT, clear, locked, output_folder
 from lora_kernels.finetune.settings import Settings, check, continued
@@ -38,8 +38,13 @@ def resume(given: dict[str, Any]) -> int:
     """Continue the run in --output from its checkpoint. Returns the exit status."""
     output = Path(given["output"]).absolute()
     state = checkpoint.load(output)
-    settings = continued(state["settings"], given)
-    check(settings)
+    try:
+        settings = continued(state["settings"], given)
+        check(settings)
+    except (TypeError, AttributeError) as error:  # a value of another type than the option's
+        raise UsageError(
+            f"argument --resume: the checkpoint in {output} holds settings that cannot be: {one_line(error)}"
+        ) from error
     with _stoppable() as stop, locked(output):
         try:
             return _Run(settings, output, stop).go(state)
@@ -90,6 +95,9 @@ class _Run:
             model = self._load_base()
             models.check_seq_len(model, s.seq_len)
             inputs = tokenize_documents(documents, self.tokenizer, folder, s, self._say)
+            for rows in (inputs.train, inputs.heldout, inputs.base_text):
+                if rows is not None:
+                    models.check_token(model, int(rows.tokens.max()), folder)
             self.steps = self._steps(len(inputs.train))
             parameters = sum(p.numel() for p in model.parameters())
             buffers = sum(b.nbytes for b in model.buffers())
@@ -98,7 +106,7 @@ class _Run:
             layers = models.add_adapters(model, s)
         if s.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.pad = models.pad_id(self.tokenizer)
+        self.pad = models.pad_id(self.tokenizer, model)
         trainer = Trainer(model, inputs.train, s, self.steps, self.pad, self.device, model.dtype)
         self._announce(model, inputs, layers, trainer, state)
 
@@ -107,7 +115,13 @@ class _Run:
             activations, gradients = measure.pass_memory(model, first, self.device)
         trainer.restore_rng()
         if state is not None:
-            trainer.load_state(state)
+            try:
+                trainer.load_state(state)
+            except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+                raise UsageError(
+                    f"argument --resume: the checkpoint in {self.output} does not fit this run: "
+                    f"{one_line(error)}"
+                ) from error
             if state["threads"] != torch.get_num_threads():
                 self._say(
                     f"note: the run had {state['threads']} threads and goes on with "
@@ -213,6 +227,7 @@ class _Run:
             ids = ids[:-1]
         if not ids:
             ids = [self.pad]
+        models.check_token(model, max(ids), self.folder)
         limit = (
             getattr(model.config, "max_position_embeddings", None) or len(ids) + self.settings.sample_tokens
         )

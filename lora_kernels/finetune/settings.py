@@ -100,6 +100,11 @@ def check(settings: Settings) -> None:
         raise UsageError("argument --epochs: not together with --steps; give one of them")
     if not s.target_modules.strip(" ,"):
         raise UsageError("argument --target-modules: got nothing, expected all-linear, names or a pattern")
+    if s.sample_prompt is not None and not s.sample_prompt.isascii():
+        try:
+            s.sample_prompt.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError("argument --sample-prompt: got bytes that are not UTF-8 text") from error
     if s.model is not None:
         _check_model_folder(Path(s.model))
     for name in _PATHS[1:]:

@@ -114,6 +114,75 @@ def test_a_bad_model_folder_is_refused_in_one_line(arguments, tiny_model, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+SURROGATE = '{"text": "\\ud800 and more"}'
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (SURROGATE, r"line 3: column 'text' has \\ud800 alone"),
+        ('{"text": "a", "n": ' + "9" * 5000 + "}", "line 3: .*5000 digits"),
+        ('{"text": "a", "n": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 3: .*recursion"),
+    ],
+    ids=["half a character", "an endless integer", "endless brackets"],
+)
+def test_json_that_python_cannot_take_is_refused_in_one_line(arguments, tmp_path, capsys, line, message):
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(f'{{"text": "record {i}"}}\n' for i in range(2)) + line + "\n")
+    refused(changed(arguments, data=path), capsys, f"--data: .*{message}")
+    refused(changed(arguments, sample_prompt="\udcff"), capsys, "--sample-prompt: got bytes that")
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("hidden_size", "64"),
+        ("hidden_size", -1),
+        ("num_attention_heads", 0),
+        ("num_attention_heads", 5),
+        ("vocab_size", None),
+        ("dtype", "float99"),
+        ("rope_scaling", 5),
+        ("pad_token_id", 99_999),
+    ],
+)
+def test_a_config_with_an_impossible_value_is_refused_in_one_line(
+    arguments, tiny_model, tmp_path, capsys, entry, value
+):
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_model, broken)
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, entry: value}))
+    refused(changed(arguments, model=broken), capsys, "--model: .*(no usable config.json|cannot be loaded)")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_of_another_model_and_weights_with_a_nan_are_refused(
+    arguments, tiny_model, tmp_path, capsys
+):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig.from_pretrained(tiny_model)
+    config.vocab_size, config.eos_token_id, config.pad_token_id = 100, None, None
+    small = tmp_path / "small"
+    shutil.copytree(tiny_model, small)
+    LlamaForCausalLM(config).save_pretrained(small)
+    refused(changed(arguments, model=small), capsys, "--model: .*gives token 256, but .* for 0 to 99")
+    broken, model = tmp_path / "broken", LlamaForCausalLM.from_pretrained(tiny_model)
+    shutil.copytree(tiny_model, broken)
+    for layer in ("mlp.up_proj", "input_layernorm"):
+        weight = model.get_submodule(f"model.layers.1.{layer}").weight
+        with torch.no_grad():
+            before = weight.clone()
+            weight.view(-1)[3] = float("nan")
+            model.save_pretrained(broken)
+            weight.copy_(before)
+        capsys.readouterr()
+        refused(changed(arguments, model=broken), capsys, f"--model: .*a NaN or .*{layer}.weight does")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_model_without_a_linear_layer_is_refused(arguments, tmp_path, capsys):
     """GPT-2 has Conv1D layers, and one nn.Linear: its output head."""
     from transformers import GPT2Config, GPT2LMHeadModel

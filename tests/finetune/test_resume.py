@@ -163,6 +163,28 @@ def interrupted(arguments, tmp_path, monkeypatch) -> Path:
 
 
 @pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda state: state.pop("settings"), "'settings' is missing or of another type"),
+        (lambda state: state.update(settings=[]), "'settings' is missing or of another type"),
+        (lambda state: state.update(sources=None), "'sources' is missing or of another type"),
+        (lambda state: state["settings"].update(r="four"), "holds settings that cannot be"),
+        (lambda state: state["adapter"].popitem(), "does not fit this run"),
+        (lambda state: state["history"].update(more=1), "does not fit this run"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_in_one_line(interrupted, capsys, spoil, message):
+    path = interrupted / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    spoil(state)
+    torch.save(state, path)
+    before = path.read_bytes()
+    assert cli.main(["--resume", "--output", str(interrupted)]) == 2
+    assert "argument --resume: " in (last := capsys.readouterr().err.splitlines()[-1]) and message in last
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
     ("given", "message"),
     [
         (["--lr", "0.5"], "--lr: got 0.5, but the run to resume has 0.01"),

@@ -2,9 +2,9 @@
 
     python3 tests/gpu/smoke.py
 
-Loads `_C`, asks whether torch's stream symbol is bound, and runs nf4_dequantize and one forward and
-backward of lora_linear on the device against the specification. Exit status 0, or 1 with one line that says
-what is wrong.
+Loads `_C`, asks whether torch's stream symbol is bound, runs nf4_dequantize and one forward and backward of
+lora_linear on the device against the specification, and both through torch.library.opcheck. Exit
+status 0, or 1 with one line that says what is wrong.
 """
 
 import sys
@@ -47,8 +47,20 @@ def main() -> int:
         if not error < 1e-5:
             print(f"smoke: {name} on the device is off by {error:.1e} from the CPU's")
             return 1
+    w = weight.to("cuda")
+    parts = (w.packed, w.absmax, w.nested_absmax, w.offset, w.blocksize)
+    x, A, B = (t.detach().to("cuda").requires_grad_() for t in (x, A, B))
+    for op, arguments in (
+        (torch.ops.lora_kernels.nf4_dequantize.default, (*parts, [256, 512], torch.bfloat16)),
+        (torch.ops.lora_kernels.lora_linear.default, (x, *parts, 256, A, B, 0.5, None, 0.0, None)),
+    ):
+        try:
+            torch.library.opcheck(op, arguments)
+        except Exception as error:
+            print(f"smoke: opcheck of {op.name()}: {str(error).strip().splitlines()[0]}")
+            return 1
     torch.cuda.synchronize()
-    print("smoke: nf4_dequantize is bit-exact, lora_linear agrees with the CPU")
+    print("smoke: nf4_dequantize is bit-exact, lora_linear agrees with the CPU; opcheck passes for both")
     return 0
 
 

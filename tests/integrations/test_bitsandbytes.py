@@ -109,6 +109,19 @@ def test_what_is_not_nf4_or_not_quantised_is_refused():
         FusedLoRALinear.from_linear(bnb.nn.Linear8bitLt(K, N), r=2)
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_layer_that_bitsandbytes_repacked_is_refused_with_the_remedy(nested):
+    """Its eval forward does this, on a CPU with AVX512-BF16; the scales are bfloat16 from then on."""
+    weight = lk.nf4_quantize(torch.randn(64, 128), double_quant=nested)
+    layer = to_linear4bit(weight)
+    params = layer.weight
+    params.data, params.quant_state = bnb.functional._convert_weight_packed_for_cpu(
+        params.data, params.quant_state
+    )
+    with pytest.raises(ValueError, match=r"repacked by a forward in eval mode .* or load its weights again"):
+        FusedLoRALinear.from_linear(layer, r=2)
+
+
 def test_injecting_into_a_model_of_linear4bit_layers():
     model = nn.Sequential(linear4bit(), nn.GELU())
     lk.inject(model, ["0"], r=2)
