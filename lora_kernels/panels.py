@@ -85,6 +85,15 @@ def _dropped(kernels: Kernels, x: Tensor, p: float, rng: Tensor | None) -> Itera
         yield t0, t1, out
 
 
+def shrink(
+    kernels: Kernels, x: Tensor, lora_A: Tensor, dropout_p: float, rng: Tensor | None, h: Tensor
+) -> None:
+    """h [T, r] = dropout(x)·Aᵀ, by chunks of tokens where there is dropout."""
+    a = lora_A.to(x.dtype)
+    for t0, t1, dropped in _dropped(kernels, x, dropout_p, rng):
+        torch.mm(dropped, a.T, out=h[t0:t1])
+
+
 def lora_linear(
     kernels: Kernels,
     x: Tensor,  # [T, K]
@@ -99,9 +108,8 @@ def lora_linear(
     h: Tensor,  # [T, r]
 ) -> None:
     if lora_A is not None:
-        a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
-        for t0, t1, dropped in _dropped(kernels, x, dropout_p, rng):
-            torch.mm(dropped, a.T, out=h[t0:t1])
+        b = lora_B.to(x.dtype)
+        shrink(kernels, x, lora_A, dropout_p, rng, h)
     s = scaling / (1 - dropout_p)
     for n0, n1, panel in row_panels(kernels, base, x.dtype):
         out = y[:, n0:n1]

@@ -183,7 +183,9 @@ def test_unaligned_tensors(offset, kernels):
     for name in ("A", "B"):
         setattr(case, name, moved(getattr(case, name)))
     for out, other in zip(case.computed(), wanted, strict=True):
-        assert torch.equal(out, other)
+        # The CUDA kernels want codes on 16 bytes, as torch allocates them: others go another way.
+        same = torch.equal(out, other) if kernels.startswith("cpu") else None
+        assert same or (same is None and relative_error(out, other.double()) <= 2 * LIMIT[torch.bfloat16])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,17 +1,14 @@
-"""The CUDA backend: fused kernels where there are some, else panels around torch's GEMM.
-
-The dropout mask has no CUDA kernel of its own yet: it runs the specification's PyTorch code on the device,
-which gives the same mask; `explain` says so.
-"""
+"""The CUDA backend: fused kernels where there are some, else panels around torch's GEMM."""
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_kernels import composed, panels
-from lora_kernels.backends import native, reference
-from lora_kernels.backends.cuda_launchers import CudaLaunchers
+from lora_kernels.backends import native
+from lora_kernels.backends.cuda_launchers import MOST_DECODE_TOKENS, MOST_FUSED_RANK, CudaLaunchers
 from lora_kernels.base_weight import BaseWeight
 
 __all__ = [
@@ -28,10 +25,30 @@ __all__ = [
 ]
 
 
+class Crossover(NamedTuple):
+    """Up to `tokens` tokens `op` is computed by `kernel`, on any GPU that the package runs on."""
+
+    op: str
+    kernel: str
+    tokens: int
+    why: str
+
+
+# From few tokens to many; behind the last one, panels around torch's GEMM.
+CROSSOVERS = (
+    Crossover("lora_linear", "lora_linear_decode", MOST_DECODE_TOKENS, "its tile is 8 tokens wide"),
+    Crossover(
+        "lora_linear",
+        "lora_linear_mixed",
+        512,
+        "model, not measured: decoding in the loop at a share e of the GEMM's rate beats decoding once below "
+        "231 e / (1 - e) tokens, and e = 0.7 is hoped for",
+    ),
+)
+
+
 class CudaBackend:
     """The functions of a backend over one library of CUDA launchers."""
-
-    lora_dropout = staticmethod(reference.lora_dropout)
 
     def __init__(self, launchers: CudaLaunchers, archs: str) -> None:
         self._launchers, self._archs = launchers, archs
@@ -63,6 +80,10 @@ class CudaBackend:
         self._check_built()
         self._launchers.nf4_quantize(weight, blocksize, packed, absmax, codes, nested_absmax, offset)
 
+    def lora_dropout(self, x: Tensor, p: float, rng: Tensor, first: int, out: Tensor) -> None:
+        self._check_built()
+        self._launchers.lora_dropout(x, p, rng, first, out)
+
     def nf4_dequantize(self, base: BaseWeight, row: int, col: int, out: Tensor) -> None:
         self._check_built()
         self._launchers.nf4_dequantize(base, row, col, out)
@@ -81,26 +102,45 @@ class CudaBackend:
         h: Tensor,
     ) -> None:
         self._check_built()
-        others = (lora_A, lora_B, bias)
-        if dropout_p == 0 and self._launchers.why_no_decode(base, *x.shape[:1], x.dtype, h.shape[1], *others) is None:
-            self._launchers.lora_linear_decode(x, base, lora_A, lora_B, scaling, bias, y, h)
-        else:
+        kernel, _ = self._kernel(base, x.shape[0], x.dtype, h.shape[1], lora_A, lora_B, bias)
+        if kernel == "panels":
             arguments = (x, base, lora_A, lora_B, scaling, bias, dropout_p, rng, y, h)
             panels.lora_linear(self._panels, *arguments)
+        elif kernel == "lora_linear_decode" and dropout_p == 0:
+            self._launchers.lora_linear_decode(x, base, lora_A, lora_B, scaling, bias, y, h)
+        else:
+            h_given = lora_A is not None and (dropout_p > 0 or h.shape[1] > MOST_FUSED_RANK)
+            if h_given:
+                panels.shrink(self._panels, x, lora_A, dropout_p, rng, h)
+            arguments = (x, base, lora_A, lora_B, scaling / (1 - dropout_p), bias, y, h, h_given)
+            self._launchers.lora_linear_mixed(*arguments)
+
+    def _kernel(
+        self, base: BaseWeight, tokens: int, dtype: torch.dtype, rank: int, *others: Tensor | None
+    ) -> tuple[str, str]:
+        """The kernel of lora_linear without dropout, or "panels", and why."""
+        reason = self._launchers.why_not_fused(base, dtype, rank, *others)
+        if reason is not None:
+            return "panels", reason
+        for crossover in CROSSOVERS:
+            if tokens <= crossover.tokens:
+                return crossover.kernel, f"up to {crossover.tokens} tokens: {crossover.why}"
+        return "panels", f"more than {CROSSOVERS[-1].tokens} tokens: {CROSSOVERS[-1].why}"
 
     def explain(self, base: BaseWeight, tokens: int, dtype: torch.dtype) -> list[str]:
         lines = panels.explain(base, dtype, decoder=f"CUDA nf4_dequantize ({self._archs or 'not built'})")
-        if self._archs:
-            reason = self._launchers.why_no_decode(base, tokens, dtype, 16)
-            if reason is None:
-                meet = "in a cluster" if self._launchers.clustered(base.data.device) else "through global memory"
-                lines[0] = (
-                    "forward without dropout: CUDA lora_linear_decode: one launch, W0 decoded in registers for all "
-                    f"tokens, slices of K added {meet}; with dropout: " + lines[0].removeprefix("forward: ")
-                )
-            else:
-                lines.insert(1, f"why not CUDA lora_linear_decode: {reason}")
-        return [*lines, "dropout mask: the specification's PyTorch code on the device (no CUDA kernel yet)"]
+        if not self._archs:
+            return lines
+        kernel, why = self._kernel(base, tokens, dtype, 16)
+        if kernel == "panels":
+            return [*lines, f"why: {why}"]
+        clustered = self._launchers.clustered(base.data.device) and kernel == "lora_linear_decode"
+        lines[0] = (
+            f"forward: CUDA {kernel}: one launch, W0 decoded in registers for all tokens, slices of K added "
+            f"{'in a cluster' if clustered else 'through global memory'}; with dropout: lora_linear_mixed, and "
+            "h from CUDA lora_dropout and torch's GEMM"
+        )
+        return [*lines, f"why: {why}"]
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from lora_kernels.base_weight import BaseWeight
 _16_BIT = (torch.bfloat16, torch.float16)
 _COMPILED = (torch.float32, *_16_BIT)
 MOST_DECODE_TOKENS = 8
+MOST_FUSED_RANK = 16  # h beside y in lora_linear_mixed
 _QUANTIZE_SCRATCH = 2 + 256
 """int64 elements: whether a NaN or an infinity was met, a counter, LK_NF4_PARTIAL_SUMS of csrc/api.h."""
 
@@ -30,6 +31,8 @@ class CudaLaunchers:
         self._decode = ops.lora_linear_decode.out
         self._decode_takes = ops.lora_linear_decode_takes.default
         self._decode_scratch = ops.lora_linear_decode_scratch.default
+        self._mixed, self._mixed_scratch = ops.lora_linear_mixed.out, ops.lora_linear_mixed_scratch.default
+        self._lora_dropout = ops.lora_dropout.out
         self._capability, self._failure = capability, failure
         # Of the kernels whose blocks meet at a counter: zero between launches, so one set serves every launch on a
         # stream, and no two streams may share one.
@@ -66,21 +69,17 @@ class CudaLaunchers:
         """Whether the slices of lora_linear_decode meet in a cluster on this device."""
         return self._capability(device) >= 90
 
-    def why_no_decode(
-        self, base: BaseWeight, tokens: int, dtype: torch.dtype, rank: int, *others: Tensor | None
-    ) -> str | None:
-        """Why lora_linear_decode does not take a call; None where it does."""
-        if tokens > MOST_DECODE_TOKENS:
-            return f"more than {MOST_DECODE_TOKENS} tokens"
+    def why_not_fused(self, base: BaseWeight, dtype: torch.dtype, rank: int, *others: Tensor | None) -> str | None:
+        """Why the fused kernels do not take a call; None where they do."""
         if dtype not in _16_BIT:
             return f"{dtype} is not a 16-bit type"
         if any(t is not None and t.dtype not in _COMPILED for t in others):
             return "an adapter or bias in float64"
-        sizes = (tokens, base.out_features, base.in_features, base.blocksize if base.quantized else 0, rank)
+        sizes = (1, base.out_features, base.in_features, base.blocksize if base.quantized else 0, rank)
         if not self._decode_takes(unit_columns(base.data), *sizes):
             return (
-                "it needs K % 64 = 0, NF4 blocks of 64 or more that do not straddle rows, rows that start on 16 bytes, "
-                "and r <= 256"
+                "the fused kernels need K % 64 = 0, NF4 blocks of 64 or more that do not straddle rows, rows that "
+                "start on 16 bytes, and r <= 256"
             )
         return None
 
@@ -108,6 +107,38 @@ class CudaLaunchers:
             counters=self._counters_for(x.device, groups),
         )
         raise_for(status, "lora_linear_decode", "x", x.dtype, self._failure)
+
+    def lora_linear_mixed(
+        self,
+        x: Tensor,
+        base: BaseWeight,
+        lora_A: Tensor | None,
+        lora_B: Tensor | None,
+        scaling: float,
+        bias: Tensor | None,
+        y: Tensor,
+        h: Tensor,
+        h_given: bool,
+    ) -> None:
+        """h is an output, or where it is given (dropout, or r > MOST_FUSED_RANK) an input."""
+        if x.data_ptr() % 16 != 0 or x.stride(0) % 8 != 0:
+            x = x.clone(memory_format=torch.contiguous_format)
+        sizes = (x.shape[0], base.out_features, base.in_features, 0 if h_given else h.shape[1])
+        workspace, counters = self._mixed_scratch(base.data, *sizes)
+        status = self._mixed(
+            x,
+            *(unit_columns(base.data), base.absmax, base.nested_absmax, base.offset, base.blocksize),
+            *(unit_columns(lora_A), unit_columns(lora_B), scaling, unit_columns(bias), h if h_given else None),
+            y=y,
+            h=None if h_given else h,
+            workspace=x.new_empty(workspace, dtype=torch.uint8),
+            counters=self._counters_for(x.device, counters),
+        )
+        raise_for(status, "lora_linear_mixed", "x", x.dtype, self._failure)
+
+    def lora_dropout(self, x: Tensor, p: float, rng: Tensor, first: int, out: Tensor) -> None:
+        """Contiguous x, whose first element is element `first` of the whole input -> out; out may be x itself."""
+        raise_for(self._lora_dropout(x, p, rng, first, out=out), "lora_dropout", "x", x.dtype, self._failure)
 
     def _counters_for(self, device: torch.device, count: int) -> Tensor:
         def fresh(size: int) -> Tensor:
