@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Builds for this machine's GPU, tests on it, and records its ceilings and the peers' times.
+# Builds for this machine's GPU, tests on it, and records its ceilings, the kernels' times and the peers'.
 #
 #   bash bench/gpu.sh [FOLDER]        (default: gpu_out; `make gpu GPU_OUT=FOLDER` calls this)
 #
 # Needs nvcc, a CUDA device, and a python3 (or $PYTHON) with torch, setuptools and ninja; no network, no virtual
-# environment. Every stage has a time limit, whatever fails is recorded and the rest goes on, and the whole takes under
-# 8 minutes. Leaves in FOLDER: log.txt, env.txt, tests.txt, junit.xml, baseline.json, baseline.md, status.json.
-# Exit status: 0; 1 when a stage failed or had no time left (tests that are skipped for want of pytest are no failure);
-# 3 when the machine has no nvcc or no device (what can run without, is run).
+# environment; compute-sanitizer where it is installed. Every stage has a time limit, whatever fails is recorded and the
+# rest goes on, and the whole takes under 10 minutes. Leaves in FOLDER: log.txt, env.txt, tests.txt, junit.xml, ops.json,
+# ops.md, memcheck.txt, racecheck.txt, baseline.json, baseline.md, status.json.
+# Exit status: 0; 1 when a stage failed or had no time left (what is skipped for want of pytest or compute-sanitizer is no
+# failure); 3 when the machine has no nvcc or no device (what can run without, is run).
 
 set -u
 
@@ -21,12 +22,14 @@ cd "$root" || exit 1
 python=${PYTHON:-python3}
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 export LORA_KERNELS_REQUIRE_GPU=1 # tests/gpu then fails where it would skip: a run that skips everything proves nothing
-total_s=455 # of the 480 that the whole may take; the rest is for stages that need to be killed
+total_s=570 # of the 600 that the whole may take; the rest is for stages that need to be killed
 start=$SECONDS
 log=$out/log.txt
 names=() states=() times=() notes=()
+optional= # stages whose absence is no failure
 
-rm -f "$out"/{log.txt,env.txt,tests.txt,junit.xml,baseline.json,baseline.md,status.json}
+rm -f "$out"/{log.txt,env.txt,tests.txt,junit.xml,ops.json,ops.md,memcheck.txt,racecheck.txt}
+rm -f "$out"/{baseline.json,baseline.md,status.json}
 : >"$log"
 
 # One element of status.json a line; rewritten after every stage, so that a kill loses only the running one.
@@ -86,10 +89,12 @@ print_end() {
     grep -E '^(FAILED|ERROR) ' "$out/tests.txt" | cut -c1-180 | head -n 15
     tail -n 1 "$out/tests.txt" | cut -c1-180
   fi
-  if [ -s "$scratch/baseline.txt" ]; then
-    echo
-    tail -n 40 "$scratch/baseline.txt" | cut -c1-180
-  fi
+  for i in ops baseline; do
+    if [ -s "$scratch/$i.txt" ]; then
+      echo
+      tail -n 40 "$scratch/$i.txt" | cut -c1-180
+    fi
+  done
   printf '\n%-9s %-8s %7s  %s\n' stage status seconds note
   for i in "${!names[@]}"; do
     printf '%-9s %-8s %7d  %s\n' "${names[i]}" "${states[i]}" "${times[i]}" "$(printf '%s' "${notes[i]}" | cut -c1-110)"
@@ -156,21 +161,49 @@ build_ok=$?
   echo "gpu.sh: the build failed; what follows runs an OLDER library" | tee -a "$log"
 stage env 60 "$out/env.txt" "$python" -m lora_kernels env
 
+# sanitize TOOL [VARIABLE=VALUE]: every kernel on small problems, under one of compute-sanitizer's tools.
+sanitize() {
+  if [ -z "$sanitizer" ]; then
+    record "$1" skipped 0 "compute-sanitizer is not installed"
+    optional+=" $1 "
+  else
+    stage "$1" 75 "$out/$1.txt" env ${2:+"$2"} "$sanitizer" --tool "$1" --error-exitcode 9 \
+      "$python" tests/gpu/sanitize.py
+  fi
+}
+sanitizer=$(command -v compute-sanitizer || true)
+for candidate in "$(dirname "${nvcc_found:-/}")/compute-sanitizer" /usr/local/cuda/bin/compute-sanitizer; do
+  [ -n "$sanitizer" ] || [ ! -x "$candidate" ] || sanitizer=$candidate
+done
+
+# What is left of the time, to a whole stage of at most $1 seconds: what a script that ends itself may use of it.
+budget() {
+  local left=$((total_s - (SECONDS - start) - 15))
+  [ "$left" -le "$1" ] || left=$1
+  echo "$left"
+}
+
 if [ -n "$missing" ]; then
-  for name in smoke tests baseline; do record "$name" skipped 0 "needs nvcc and a device"; done
+  # Its tables say "not measured".
+  timeout --signal=INT --kill-after=8 60 "$python" bench/gpu_ops.py --out "$out" >>"$log" 2>&1
+  for name in smoke tests ops memcheck racecheck baseline; do record "$name" skipped 0 "needs nvcc and a device"; done
 else
   stage smoke 60 "$scratch/smoke.txt" "$python" tests/gpu/smoke.py
   if "$python" -c 'import pytest' 2>/dev/null; then
-    stage tests 150 "$out/tests.txt" "$python" -m pytest tests/gpu -m gpu -q --tb=short --durations=5 \
+    stage tests 180 "$out/tests.txt" "$python" -m pytest tests/gpu -m gpu -q --tb=short --durations=5 \
       -p no:cacheprovider --junitxml="$out/junit.xml"
   else
     record tests skipped 0 "pytest is not importable: tests/gpu/smoke.py, with its opchecks, is all that ran"
-    optional=tests
+    optional+=" tests "
   fi
-  left=$((total_s - (SECONDS - start)))
-  budget=$((left - 15))
-  [ "$budget" -le 240 ] || budget=240
-  stage baseline $((budget + 15)) "$scratch/baseline.txt" "$python" bench/gpu_baseline.py --out "$out" --budget-s "$budget"
+  seconds=$(budget 120)
+  stage ops $((seconds + 15)) "$scratch/ops.txt" "$python" bench/gpu_ops.py --out "$out" --budget-s "$seconds"
+  # Without its caching allocator torch gives each tensor an allocation of its own: memcheck sees what leaves it.
+  sanitize memcheck PYTORCH_NO_CUDA_MEMORY_CACHING=1
+  sanitize racecheck
+  seconds=$(budget 240)
+  stage baseline $((seconds + 15)) "$scratch/baseline.txt" "$python" bench/gpu_baseline.py --out "$out" \
+    --budget-s "$seconds"
 fi
 
 trap - INT TERM HUP
@@ -178,6 +211,6 @@ print_end | tee -a "$log"
 [ -z "$missing" ] || exit 3
 [ "$preflight_ok" -eq 0 ] || exit 1
 for i in "${!names[@]}"; do
-  [ "${states[i]}" = ok ] || [ "${names[i]}" = "${optional:-}" ] || exit 1
+  [ "${states[i]}" = ok ] || [[ $optional == *" ${names[i]} "* ]] || exit 1
 done
 exit 0

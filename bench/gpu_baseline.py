@@ -63,6 +63,8 @@ class Job:
 
 
 class Baseline:
+    name = "baseline"  # of its files
+
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
         self.device = torch.device(arguments.device)
@@ -118,12 +120,18 @@ class Baseline:
         products = [row["tflop_per_s"] for row in rows if row["what"] == "F.linear" and "tflop_per_s" in row]
         self.record["ceilings"]["linear_tflop_per_s"] = max(products, default=None)
         for name, text in (
-            ("baseline.json", json.dumps(self.record, indent=1) + "\n"),
-            ("baseline.md", markdown(self.record)),
+            (f"{self.name}.json", json.dumps(self.record, indent=1) + "\n"),
+            (f"{self.name}.md", self.markdown()),
         ):
             part = self.out / f".{name}.part"
             part.write_text(text)
             part.replace(self.out / name)
+
+    def markdown(self) -> str:
+        return markdown(self.record)
+
+    def short_table(self) -> str:
+        return short_table(self.record)
 
     def time_left(self) -> bool:
         return time.monotonic() < self.deadline
@@ -346,6 +354,10 @@ class Baseline:
                             self.measure(name, mode, shape, t, p, partial(self.peer, name, base, t, mode, p))
                 self.save()
             del base
+        return self.finish()
+
+    def finish(self) -> bool:
+        """Saves the record as it ends. True: something other than a peer failed."""
         self.record["finished"] = self.time_left()
         self.record["seconds"] = round(self.arguments.budget_s - (self.deadline - time.monotonic()), 1)
         self.save()
@@ -384,31 +396,41 @@ def driver_and_clocks() -> dict[str, str]:
     return dict(zip(fields, (part.strip() for part in answer.splitlines()[0].split(",")), strict=False))
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        description="Records a device's ceilings and the peers' times.", allow_abbrev=False
+def parse(argv: list[str], description: str, budget_s: float) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="folder of the JSON and the Markdown file"
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of baseline.json and baseline.md")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--smoke", action="store_true", help="tiny shapes and short times: tests the script")
-    parser.add_argument("--budget-s", type=float, default=240, metavar="S", help="stop after so many seconds")
+    parser.add_argument(
+        "--budget-s", type=float, default=budget_s, metavar="S", help="stop after so many seconds"
+    )
     parser.add_argument("--warmup-ms", type=float, default=200, metavar="MS", help="before each timing")
     arguments = parser.parse_args(argv)
+    if arguments.device == "cpu" and not arguments.smoke:
+        parser.error("--device cpu goes with --smoke")
+    return arguments
+
+
+def record(run: Baseline) -> int:
+    """Runs it, prints its short table, and gives the exit status."""
+    try:
+        failed = run.run()
+    except KeyboardInterrupt:  # how gpu.sh ends what outstays its limit
+        print(f"{run.name}: interrupted; this is what it has")
+        run.save()
+        failed = True
+    print(run.short_table())
+    return 1 if failed else 0
+
+
+def main(argv: list[str]) -> int:
+    arguments = parse(argv, "Records a device's ceilings and the peers' times.", 240)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("gpu_baseline: error: torch.cuda.is_available() is false", file=sys.stderr)
         return 3
-    if arguments.device == "cpu" and not arguments.smoke:
-        print("gpu_baseline: error: --device cpu goes with --smoke", file=sys.stderr)
-        return 2
-    baseline = Baseline(arguments)
-    try:
-        failed = baseline.run()
-    except KeyboardInterrupt:  # how gpu.sh ends what outstays its limit
-        print("gpu_baseline: interrupted; this is what it has")
-        baseline.save()
-        failed = True
-    print(short_table(baseline.record))
-    return 1 if failed else 0
+    return record(Baseline(arguments))
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 
 import lora_kernels as lk
 from lora_kernels import environment
 from lora_kernels.__main__ import main
-from lora_kernels.backends.native import cpu_isa
+from lora_kernels.backends import cuda
+from lora_kernels.backends.native import _C, cpu_isa
 
 
 def run(*arguments):
@@ -37,6 +39,14 @@ def test_env_lists_every_target(monkeypatch):
 
     monkeypatch.setattr(environment, "_C", Built)
     assert "sm_80, sm_90a, PTX 120; they need a driver >= 580" in environment._cuda_lines()[0]
+
+
+@pytest.mark.parametrize("archs, there", [("80", False), ("80;89", False), ("90a", True), ("80;90a", True)])
+def test_clusters_are_chosen_only_where_the_library_has_their_code(archs, there, monkeypatch):
+    """On a GPU of sm_90, where a library that was built with LORA_KERNELS_CUDA_ARCHS=80 runs too."""
+    monkeypatch.setattr(_C, "cuda_archs", archs)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert (cuda._capability.__wrapped__(torch.device("cuda", 0)) >= 90) == there
 
 
 def test_bad_commands_end_with_one_line_and_status_2(capsys):

@@ -48,7 +48,7 @@ class CudaLaunchers:
         nested_absmax: Tensor | None,
         offset: Tensor | None,
     ) -> None:
-        """Waits for the device, to learn whether the weight is finite. Captured in a CUDA graph it never learns."""
+        """Waits for the device to learn whether the weight is finite; in a CUDA graph it never learns."""
         scratch = weight.new_zeros(_QUANTIZE_SCRATCH, dtype=torch.int64)
         outputs = {"codes": codes, "nested_absmax": nested_absmax, "offset": offset, "scratch": scratch}
         status = self._nf4_quantize(weight, blocksize, packed=packed, absmax=absmax, **outputs)

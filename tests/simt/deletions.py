@@ -42,30 +42,50 @@ class Deletion(NamedTuple):
 
 # What keeps a kernel inside its tensors: each condition that can be false at an edge.
 MASKS = (
-    Deletion("lora_linear_decode.cuh", "row + r < p.n && col < p.k", "col < p.k"),
-    Deletion("lora_linear_decode.cuh", "row + r < p.n && col < p.k", "row + r < p.n"),
-    Deletion("lora_linear_decode.cuh", "there ? 16 : 0", "16"),
+    Deletion("lora_linear_decode.cuh", "row + 4 * i < rows ? row + 4 * i : rows - 1", "row + 4 * i"),
+    Deletion("lora_linear_decode.cuh", "at < there ? 16 : 0", "16"),
+    Deletion("lora_linear_decode.cuh", "if (feed.passes > 0 && feed.left() == 0) feed.end_pass();", ""),
     Deletion("lora_linear_decode.cuh", "token < p.tokens && k0 + col < p.k", "token < p.tokens"),
     Deletion("lora_linear_decode.cuh", "token < p.tokens && k0 + col < p.k", "k0 + col < p.k"),
     Deletion("lora_linear_decode.cuh", "if (first + g < p.rank) load_A", "load_A"),
     Deletion("lora_linear_decode.cuh", "if (first + g + 8 < p.rank) load_A", "load_A"),
-    Deletion("lora_linear_decode.cuh", "if (row + r < p.n) {", "{"),
-    Deletion("lora_linear_decode.cuh", "if (unit >= units) break;", ""),
-    Deletion("lora_linear_decode.cuh", "if (row < p.n) {", "{"),
-    Deletion("lora_linear_decode.cuh", "if (token >= p.tokens) continue;", ""),
-    Deletion("lora_linear_decode.cuh", "if (step < steps) {", "{"),
+    Deletion("lora_linear_decode.cuh", "row + r < p.n ? units : 0", "units"),
+    Deletion("lora_linear_decode.cuh", "if (unit < here) {", "{"),
+    Deletion("lora_linear_decode.cuh", "row < p.n ? row : p.n - 1", "row"),
+    Deletion("lora_linear_decode.cuh", "row + 8 < p.n ? row + 8 : p.n - 1", "row + 8"),
+    Deletion("lora_linear_decode.cuh", "row + 8 * half >= p.n || token >= p.tokens", "token >= p.tokens"),
+    Deletion("lora_linear_decode.cuh", "row + 8 * half >= p.n || token >= p.tokens", "row + 8 * half >= p.n"),
     Deletion("lora_linear_decode.cuh", "if (last[0] == 0) return;", ""),
     Deletion("lora_linear_decode.cuh", "if (thread == 0) p.counters[group] = 0;", ""),
+    Deletion("lora_linear_mixed.cuh", "row0 + row < p.n && col < col_end", "col < col_end"),
+    Deletion("lora_linear_mixed.cuh", "row0 + row < p.n && col < col_end", "row0 + row < p.n"),
+    Deletion("lora_linear_mixed.cuh", "token0 + token < p.tokens && col < col_end", "col < col_end"),
+    Deletion("lora_linear_mixed.cuh", "token0 + token < p.tokens && col < col_end", "token0 + token < p.tokens"),
+    Deletion("lora_linear_mixed.cuh", "scale_row < p.n && at + u * kUnit < col_end", "at + u * kUnit < col_end"),
+    Deletion("lora_linear_mixed.cuh", "scale_row < p.n && at + u * kUnit < col_end", "scale_row < p.n"),
+    Deletion("lora_linear_mixed.cuh", "fused_h && at + u * kUnit < col_end", "fused_h"),
+    Deletion("lora_linear_mixed.cuh", "if (g < p.rank) load_A", "load_A"),
+    Deletion("lora_linear_mixed.cuh", "if (g + 8 < p.rank) load_A", "load_A"),
+    Deletion("lora_linear_mixed.cuh", "if (c >= kColumns) break;", ""),
+    Deletion("lora_linear_mixed.cuh", "slice == 0 && token0 + token < p.tokens && j < p.rank", "true"),
+    Deletion("lora_linear_mixed.cuh", "row_tile != 0 || j >= p.rank", "row_tile != 0"),
+    Deletion("lora_linear_mixed.cuh", "j >= p.rank || token0 + token >= p.tokens", "j >= p.rank"),
+    Deletion("lora_linear_mixed.cuh", "row < p.n && token < p.tokens", "row < p.n"),
+    Deletion("lora_linear_mixed.cuh", "row < p.n && token < p.tokens", "token < p.tokens"),
+    Deletion("lora_linear_mixed.cuh", "token >= p.tokens || row >= p.n", "token >= p.tokens"),
+    Deletion("lora_linear_mixed.cuh", "token >= p.tokens || row >= p.n", "row >= p.n"),
+    Deletion("lora_linear_mixed.cuh", "if (token >= p.tokens) break;", ""),
+    Deletion("lora_linear_mixed.cuh", "if (thread == 0) p.counters[tile] = 0;", ""),
+    Deletion("lora_linear.cuh", "row < p.n && j < p.rank", "j < p.rank"),
+    Deletion("lora_linear.cuh", "row < p.n && j + 1 < p.rank", "row < p.n"),
+    Deletion("lora_dropout.cu", "if (i >= p.n) return;", "", 0),
+    Deletion("lora_dropout.cu", "if (i >= p.n) return;", "", 1),
+    Deletion("lora_dropout.cu", "i + kElements <= p.n", "true"),
     Deletion("nf4_dequantize.cu", "i < total;", "i < total + 1;", 0),
     Deletion("nf4_dequantize.cu", "i < total;", "i < total + 1;", 1),
 )
 
-JUSTIFIED = {
-    "lora_linear_decode.cuh #0: 'there ? 16 : 0' -> '16'": "what is copied in place of zeros belongs to rows that are "
-    "not stored and columns that are not multiplied; the zeros save the reading",
-    "lora_linear_decode.cuh #0: 'if (step < steps) {' -> '{'": "chunks behind the last one are fetched in vain, inside "
-    "W0, and not used",
-}
+JUSTIFIED: dict[str, str] = {}
 
 
 def synchronisation() -> list[Deletion]:

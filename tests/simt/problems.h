@@ -1,6 +1,7 @@
 // Random problems for the kernels of csrc/cuda on the stand-in, checked against plain loops in double: for the proofs
 // in this folder, the sanitizer build, and for gdb. No torch, no Python.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <functional>
@@ -13,6 +14,7 @@
 #include "../../csrc/api.h"
 #include "../../csrc/cuda/ptx.cuh"
 #include "../../csrc/nf4.h"
+#include "../../csrc/philox.h"
 
 namespace problems {
 
@@ -121,6 +123,93 @@ inline void dequantize(Rng& rng) {
   }
 }
 
+// nf4_quantize and its second level, several launches on the same scratch: codes and scales byte for byte.
+inline void quantize(Rng& rng) {
+  const int64_t n = between(rng, 1, 9000), blocksize = int64_t{32} << between(rng, 0, 4);
+  const int64_t blocks = Nf4::blocks(n, blocksize), nested = Nf4::blocks(blocks, 256);
+  const int dtype = static_cast<int>(rng() % 3);
+  Buffer<float> values(n);
+  Buffer<uint16_t> halves(n);
+  Buffer<uint64_t> scratch(2 + LK_NF4_PARTIAL_SUMS);
+  for (int launch = 0; launch < 2; ++launch) {
+    for (int64_t i = 0; i < n; ++i) {
+      values[i] = rng() % 7 == 0 ? 0 : normal(rng);
+      if (dtype != LK_F32) values[i] = from_16(dtype, halves[i] = to_16(dtype, values[i]));
+    }
+    Buffer<uint8_t> packed((n + 1) / 2), codes(blocks);
+    Buffer<float> absmax(blocks), nested_absmax(nested), offset(1);
+    scratch[0] = scratch[1] = 0;
+    Memory memory;
+    using simt::Use;
+    values.use("weight", Use::input), halves.use("weight", Use::input), packed.use("packed", Use::output);
+    absmax.use("absmax", Use::output), codes.use("codes", Use::output), offset.use("offset", Use::output);
+    nested_absmax.use("nested_absmax", Use::output), scratch.use("scratch", Use::inout);
+    const void* weight = dtype == LK_F32 ? static_cast<const void*>(values.get()) : halves.get();
+    auto* words = reinterpret_cast<uint32_t*>(scratch.get());
+    check_status(lk_cuda_nf4_quantize(weight, dtype, n, blocksize, packed.get(), absmax.get(), words, nullptr));
+    check_status(lk_cuda_nf4_quantize_absmax(absmax.get(), blocks, codes.get(), nested_absmax.get(), offset.get(),
+                                             words + 2, reinterpret_cast<double*>(scratch.get() + 2), nullptr));
+    simt::check_outputs_written();
+    double sum = 0;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t first = b * blocksize, last = std::min(n, first + blocksize);
+      float most = 0;
+      for (int64_t i = first; i < last; ++i) most = std::max(most, std::abs(values[i]));
+      const float floor = std::max(most, lk::nf4::kMinAbsmax);
+      const bool whole = last - first == blocksize;
+      if (absmax[b] != (whole ? most : floor)) throw Wrong("nf4_quantize: wrong absmax");
+      sum += absmax[b];
+      for (int64_t i = first; i < last; ++i) {
+        const float scaled = std::clamp(whole ? values[i] * (1 / floor) : values[i] / floor, -1.0f, 1.0f);
+        int code = 0;
+        for (const float middle : lk::nf4::kMidpoints) code += scaled > middle;
+        if ((i % 2 == 0 ? packed[i / 2] >> 4 : packed[i / 2] & 15) != code) throw Wrong("nf4_quantize: wrong code");
+      }
+    }
+    if (offset[0] != static_cast<float>(sum / static_cast<double>(blocks))) throw Wrong("nf4_quantize: wrong offset");
+    for (int64_t b = 0; b < blocks; ++b) {
+      float most = 0;
+      for (int64_t i = b / 256 * 256; i < std::min(blocks, (b / 256 + 1) * 256); ++i) {
+        most = std::max(most, std::abs(absmax[i] - offset[0]));
+      }
+      if (nested_absmax[b / 256] != most) throw Wrong("nf4_quantize: wrong nested_absmax");
+      int code = 0;
+      for (int j = 0; j < 255; ++j) {
+        const double middle = (double{lk::nf4::kDynamicMap[j]} + lk::nf4::kDynamicMap[j + 1]) / 2;
+        code += double{absmax[b] - offset[0]} > middle * most;
+      }
+      if (codes[b] != code) throw Wrong("nf4_quantize: wrong code of a scale");
+    }
+  }
+}
+
+// lora_dropout of a piece of a longer input, in place or not.
+inline void dropout(Rng& rng) {
+  const int64_t n = between(rng, 1, 3000), first = rng() % 2 == 0 ? 4 * between(rng, 0, 9) : between(rng, 0, 9);
+  const int dtype = rng() % 2 == 0 ? LK_F32 : LK_BF16;
+  const double p = 0.3;
+  Buffer<float> x(n), out(n);  // of the first half where elements have 16 bits
+  const size_t size = dtype == LK_F32 ? 4 : 2;
+  Buffer<int64_t> key(2);
+  key[0] = static_cast<int64_t>(rng() >> 1), key[1] = static_cast<int64_t>(rng() >> 1);
+  for (int64_t i = 0; i < n; ++i) x[i] = 1 + std::abs(normal(rng));
+  Memory memory;
+  simt::add_memory("x", x.get(), n * size, simt::Use::input);
+  simt::add_memory("out", out.get(), n * size, simt::Use::output);
+  key.use("rng", simt::Use::input);
+  check_status(lk_cuda_lora_dropout(x.get(), dtype, n, first, p, key.get(), out.get(), nullptr));
+  simt::check_outputs_written();
+  const auto* from = reinterpret_cast<const char*>(x.get());
+  const auto* to = reinterpret_cast<const char*>(out.get());
+  for (int64_t i = 0; i < n; ++i) {
+    const auto words = lk::philox4x32_10(static_cast<uint64_t>(first + i) / 4, static_cast<uint64_t>(key[1]),
+                                         static_cast<uint64_t>(key[0]));
+    const bool keep = words.w[(first + i) % 4] >= lk::dropout_threshold(p);
+    const char zero[4] = {};
+    if (std::memcmp(to + i * size, keep ? from + i * size : zero, size) != 0) throw Wrong("lora_dropout: wrong element");
+  }
+}
+
 enum class Kernel { decode, decode_clustered, mixed, mixed_given_h };
 
 // lora_linear by one of its kernels, several launches one after the other on the same counters.
@@ -203,7 +292,9 @@ struct Problem {
 };
 inline const std::vector<Problem>& real_kernels() {
   static const std::vector<Problem> all = {
+      {"nf4_quantize", quantize},
       {"nf4_dequantize", dequantize},
+      {"lora_dropout", dropout},
       {"lora_linear_decode", [](Rng& rng) { lora_linear(rng, Kernel::decode); }},
       {"lora_linear_decode_clustered", [](Rng& rng) { lora_linear(rng, Kernel::decode_clustered); }},
       {"lora_linear_mixed", [](Rng& rng) { lora_linear(rng, Kernel::mixed); }},
