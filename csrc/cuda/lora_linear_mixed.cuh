@@ -166,9 +166,10 @@ struct Kernel {
       __syncthreads();  // the stage is there, and the one that is filled next has been read
       start(step + S::kStages - 1);
       const Shared<const char> weights = stage(step), x = stage(step) + S::kWeightBytes;
-#pragma unroll
+#pragma unroll 1  // both units at once would need more registers than there are
       for (int u = 0; u < kStageK<kNf4> / kUnit; ++u) {
-        multiply_unit(p, shared, weights, x, u, scale[u], lane_address, lane, warp, acc);
+        const float unit_scale = u == 0 ? scale[0] : scale[kStageK<kNf4> / kUnit - 1];
+        multiply_unit(p, shared, weights, x, u, unit_scale, lane_address, lane, warp, acc);
         if (fused_h && at + u * kUnit < col_end) multiply_A(p, x, u, at + u * kUnit, lane, warp, low);
       }
     }
