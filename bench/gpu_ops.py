@@ -111,7 +111,7 @@ class Ops(Baseline):
             for t in TOKENS:
                 jobs.append(("lora_kernels", t, partial(self.decode, base, t, None)))
                 for name, route in routes.items():
-                    reason = route.why_no_decode(base.nf4.base_weight(), t, DTYPE, RANK)
+                    reason = route.why_not_fused(base.nf4.base_weight(), DTYPE, RANK)
                     if reason is None:
                         jobs.append((name, t, partial(self.decode, base, t, route)))
                     else:

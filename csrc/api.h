@@ -40,7 +40,8 @@ typedef struct lk_region {
 } lk_region;
 
 // nf4_quantize: weight [n] -> packed [ceil(n/2)], absmax fp32 [ceil(n/blocksize)]. LK_NONFINITE leaves the
-// outputs unspecified. A GPU tells later: it sets nonfinite[0], which is zero before, to 1, and returns LK_OK.
+// outputs unspecified. A GPU tells later: it sets nonfinite[0], which is zero before, to 1, and returns
+// LK_OK.
 int lk_cpu_nf4_quantize(const void* weight, int dtype, int64_t n, int64_t blocksize, uint8_t* packed,
                         float* absmax);
 int lk_cuda_nf4_quantize(const void* weight, int dtype, int64_t n, int64_t blocksize, uint8_t* packed,
@@ -65,8 +66,8 @@ int lk_cuda_nf4_dequantize(const lk_nf4_weight* weight, const lk_region* region,
 // rng: [2] int64 (seed, offset).
 int lk_cpu_lora_dropout(const void* x, int dtype, int64_t n, int64_t first, double p, const int64_t* rng,
                         void* out);
-int lk_cuda_lora_dropout(const void* x, int dtype, int64_t n, int64_t first, double p, const int64_t* rng, void* out,
-                         void* stream);
+int lk_cuda_lora_dropout(const void* x, int dtype, int64_t n, int64_t first, double p, const int64_t* rng,
+                         void* out, void* stream);
 
 // A row-major matrix with unit column stride, `stride` elements from row to row; data is null where there is
 // none.
@@ -119,29 +120,30 @@ int lk_cpu_lora_linear_backward(const lk_matrix* dy, int64_t tokens, const lk_ma
 int64_t lk_cpu_lora_linear_backward_workspace(int64_t tokens, int64_t out_features, int64_t in_features,
                                               int64_t rank, int has_dropout);
 
-// lora_linear without dropout for few tokens (`takes` says which problems) on a GPU, in one launch on `stream`.
-// `workspace` and `counters` have the sizes that `scratch` says; the counters are zero before and after. `clustered`:
-// the slices of K meet in a cluster (sm_90 and later), without workspace and counters.
+// lora_linear without dropout for few tokens (`takes` says which problems) on a GPU, in one launch on
+// `stream`. `workspace` and `counters` have the sizes that `scratch` says; the counters are zero before and
+// after. `clustered`: the slices of K meet in a cluster (sm_90 and later), without workspace and counters.
 typedef struct lk_scratch {
   int64_t workspace;  // bytes
   int64_t counters;
 } lk_scratch;
 int lk_cuda_lora_linear_decode(const lk_matrix* x, int64_t tokens, const lk_base_weight* base,
-                               const lk_adapter* adapter, const lk_matrix* bias, void* y, void* h, void* workspace,
-                               uint32_t* counters, void* stream);
+                               const lk_adapter* adapter, const lk_matrix* bias, void* y, void* h,
+                               void* workspace, uint32_t* counters, void* stream);
 int lk_cuda_lora_linear_decode_clustered(const lk_matrix* x, int64_t tokens, const lk_base_weight* base,
                                          const lk_adapter* adapter, const lk_matrix* bias, void* y, void* h,
                                          void* stream);
 int lk_cuda_lora_linear_decode_takes(int64_t tokens, const lk_base_weight* base, int64_t rank);
 lk_scratch lk_cuda_lora_linear_decode_scratch(int64_t tokens, int64_t out_features, int64_t in_features,
-                                                 int64_t rank, int nf4, int clustered);
+                                              int64_t rank, int nf4, int clustered);
 
-// lora_linear for more tokens, in one launch. `given_h` [T, r]: h where it is computed already (dropout, or a rank over
-// 16); else null, and h is written. The base is as lora_linear_decode takes it.
+// lora_linear for more tokens, in one launch. `given_h` [T, r]: h where it is computed already (dropout, or a
+// rank over 16); else null, and h is written. The base is as lora_linear_decode takes it.
 int lk_cuda_lora_linear_mixed(const lk_matrix* x, int64_t tokens, const lk_base_weight* base,
-                              const lk_adapter* adapter, const lk_matrix* bias, const void* given_h, void* y, void* h,
-                              void* workspace, uint32_t* counters, void* stream);
-lk_scratch lk_cuda_lora_linear_mixed_scratch(int64_t tokens, int64_t out_features, int64_t in_features, int64_t rank);
+                              const lk_adapter* adapter, const lk_matrix* bias, const void* given_h, void* y,
+                              void* h, void* workspace, uint32_t* counters, void* stream);
+lk_scratch lk_cuda_lora_linear_mixed_scratch(int64_t tokens, int64_t out_features, int64_t in_features,
+                                             int64_t rank);
 
 // The instruction set of the CPU kernels: the one in use, the highest this machine supports (of "portable",
 // "avx2", "avx512", "avx512bf16", each of which includes those before it), and the choice of another one.

@@ -37,9 +37,9 @@ inline constexpr std::array<float, kCodes> kCodebook = {
     1.0f,
 };
 
-// A kernel that multiplies codes rounded to T and applies the block's scale afterwards takes T(c·code) and c in the
-// scale, because the rounding errors of the plain codes have a mean, which adds up on inputs that have one: at
-// K = 4096 that is 2.4e-2 of y in bf16, and 1.6e-3 with this c (fp16: 1.6e-3 and 1.7e-4).
+// A kernel that multiplies codes rounded to T and applies the block's scale afterwards takes T(c·code) and c
+// in the scale, because the rounding errors of the plain codes have a mean, which adds up on inputs that have
+// one: at K = 4096 that is 2.4e-2 of y in bf16, and 1.6e-3 with this c (fp16: 1.6e-3 and 1.7e-4).
 inline constexpr float kBalanceBf16 = 1.1664f, kBalanceF16 = 1.255f;
 
 // A scaled weight s gets the code #{k : s > kMidpoints[k]}: the nearest entry, a tie going down.

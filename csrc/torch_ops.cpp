@@ -1,5 +1,5 @@
-// Dispatch glue of the CPU launchers on torch's stable ABI, and the Python module: unpacks tensors into the structs
-// of api.h, and nothing else. The CUDA launchers have theirs in torch_ops_cuda.cpp.
+// Dispatch glue of the CPU launchers on torch's stable ABI, and the Python module: unpacks tensors into the
+// structs of api.h, and nothing else. The CUDA launchers have theirs in torch_ops_cuda.cpp.
 //
 // These are the `out` overloads, which compute into tensors that lora_kernels/ops.py has allocated; the ops
 // that users see (`lora_kernels::nf4_quantize`, ...) are defined there. An exception that crosses the stable

@@ -31,7 +31,8 @@ class Call {
   void input(const char* name, const std::optional<Tensor>& t) {
     if (t) input(name, *t);
   }
-  // Every byte of an output is poisoned, and must be written. Rows of a larger tensor hold what lies between them.
+  // Every byte of an output is poisoned, and must be written. Rows of a larger tensor hold what lies between
+  // them.
   void output(const char* name, const Tensor& t) {
     const bool whole = t.dim() < 2 || t.size(0) <= 1 || t.stride(0) == t.size(1);
     add(name, t, whole ? simt::Use::output : simt::Use::inout);
@@ -59,8 +60,8 @@ class Call {
     if (t.numel() == 0) return;
     int64_t elements = 1;
     for (int64_t d = 0; d < t.dim(); ++d) elements += (t.size(d) - 1) * t.stride(d);
-    simt::add_memory(name, const_cast<void*>(t.const_data_ptr()), static_cast<size_t>(elements) * t.element_size(),
-                     use);
+    simt::add_memory(name, const_cast<void*>(t.const_data_ptr()),
+                     static_cast<size_t>(elements) * t.element_size(), use);
   }
 };
 
@@ -91,7 +92,8 @@ class Call {
 
 #endif
 
-// scratch: int64 [2 + LK_NF4_PARTIAL_SUMS]. Zero before: [0], not zero after a NaN or an infinity; [1], the arrivals.
+// scratch: int64 [2 + LK_NF4_PARTIAL_SUMS]. Zero before: [0], not zero after a NaN or an infinity; [1], the
+// arrivals.
 int64_t nf4_quantize_cuda(const Tensor weight, int64_t blocksize, Tensor packed, Tensor absmax,
                           std::optional<Tensor> codes, std::optional<Tensor> nested_absmax,
                           std::optional<Tensor> offset, std::optional<Tensor> scratch) {
@@ -103,8 +105,8 @@ int64_t nf4_quantize_cuda(const Tensor weight, int64_t blocksize, Tensor packed,
   call.inout("scratch", *scratch);
   int64_t* words = static_cast<int64_t*>(scratch->mutable_data_ptr());
   float* scales = static_cast<float*>(absmax.mutable_data_ptr());
-  const int status = lk_cuda_nf4_quantize(weight.const_data_ptr(), dtype_of(weight), weight.numel(), blocksize,
-                                          static_cast<uint8_t*>(packed.mutable_data_ptr()), scales,
+  const int status = lk_cuda_nf4_quantize(weight.const_data_ptr(), dtype_of(weight), weight.numel(),
+                                          blocksize, static_cast<uint8_t*>(packed.mutable_data_ptr()), scales,
                                           reinterpret_cast<uint32_t*>(words), call.stream());
   if (status != LK_OK || !codes) return call.end(status);
   return call.end(lk_cuda_nf4_quantize_absmax(
@@ -122,8 +124,8 @@ int64_t nf4_dequantize_cuda(const Tensor packed, const Tensor absmax, std::optio
   call.input("offset", offset), call.output("out", out);
   const lk_nf4_weight weight = nf4_weight(packed, absmax, nested_absmax, offset, blocksize);
   const lk_region region = {in_features, row, out.size(0), col, out.size(1)};
-  return call.end(lk_cuda_nf4_dequantize(&weight, &region, out.mutable_data_ptr(), dtype_of(out), out.stride(0),
-                                         call.stream()));
+  return call.end(lk_cuda_nf4_dequantize(&weight, &region, out.mutable_data_ptr(), dtype_of(out),
+                                         out.stride(0), call.stream()));
 }
 
 int64_t lora_dropout_cuda(const Tensor x, double p, const Tensor rng, int64_t first, Tensor out) {
@@ -138,15 +140,15 @@ int64_t lora_dropout_cuda(const Tensor x, double p, const Tensor rng, int64_t fi
   }
   call.input("rng", rng);
   return call.end(lk_cuda_lora_dropout(x.const_data_ptr(), dtype_of(x), x.numel(), first, p,
-                                       static_cast<const int64_t*>(rng.const_data_ptr()), out.mutable_data_ptr(),
-                                       call.stream()));
+                                       static_cast<const int64_t*>(rng.const_data_ptr()),
+                                       out.mutable_data_ptr(), call.stream()));
 }
 
 int64_t lora_linear_decode_cuda(const Tensor x, const Tensor weight, std::optional<Tensor> absmax,
-                                std::optional<Tensor> nested_absmax, std::optional<Tensor> offset, int64_t blocksize,
-                                std::optional<Tensor> lora_A, std::optional<Tensor> lora_B, double scaling,
-                                std::optional<Tensor> bias, bool clustered, Tensor y, Tensor h, Tensor workspace,
-                                Tensor counters) {
+                                std::optional<Tensor> nested_absmax, std::optional<Tensor> offset,
+                                int64_t blocksize, std::optional<Tensor> lora_A, std::optional<Tensor> lora_B,
+                                double scaling, std::optional<Tensor> bias, bool clustered, Tensor y,
+                                Tensor h, Tensor workspace, Tensor counters) {
   Call call(y);
   if (!call.ready()) return LK_NO_STREAM;
   call.input("x", x), call.input("weight", weight), call.input("absmax", absmax);
@@ -162,26 +164,27 @@ int64_t lora_linear_decode_cuda(const Tensor x, const Tensor weight, std::option
 #ifndef LK_WITH_SM90
     return LK_NO_KERNEL;
 #else
-    return call.end(lk_cuda_lora_linear_decode_clustered(&rows, x.size(0), &base, &lora, &addend,
-                                                         y.mutable_data_ptr(), h.mutable_data_ptr(), call.stream()));
+    return call.end(lk_cuda_lora_linear_decode_clustered(
+        &rows, x.size(0), &base, &lora, &addend, y.mutable_data_ptr(), h.mutable_data_ptr(), call.stream()));
 #endif
   }
-  return call.end(lk_cuda_lora_linear_decode(&rows, x.size(0), &base, &lora, &addend, y.mutable_data_ptr(),
-                                             h.mutable_data_ptr(), workspace.mutable_data_ptr(),
-                                             static_cast<uint32_t*>(counters.mutable_data_ptr()), call.stream()));
+  return call.end(lk_cuda_lora_linear_decode(
+      &rows, x.size(0), &base, &lora, &addend, y.mutable_data_ptr(), h.mutable_data_ptr(),
+      workspace.mutable_data_ptr(), static_cast<uint32_t*>(counters.mutable_data_ptr()), call.stream()));
 }
 
-int64_t lora_linear_decode_takes_cuda(const Tensor weight, int64_t tokens, int64_t out_features, int64_t in_features,
-                                      int64_t blocksize, int64_t rank) {
-  lk_nf4_weight nf4 = {static_cast<const uint8_t*>(weight.const_data_ptr()), nullptr, nullptr, nullptr, blocksize};
+int64_t lora_linear_decode_takes_cuda(const Tensor weight, int64_t tokens, int64_t out_features,
+                                      int64_t in_features, int64_t blocksize, int64_t rank) {
+  lk_nf4_weight nf4 = {static_cast<const uint8_t*>(weight.const_data_ptr()), nullptr, nullptr, nullptr,
+                       blocksize};
   lk_base_weight base = {&nf4, {nullptr, LK_F32, 0}, out_features, in_features};
   if (blocksize == 0) base.nf4 = nullptr, base.dense = matrix(weight);
   return lk_cuda_lora_linear_decode_takes(tokens, &base, rank);
 }
 
-std::tuple<int64_t, int64_t> lora_linear_decode_scratch_cuda(const Tensor weight, int64_t tokens, int64_t out_features,
-                                                           int64_t in_features, int64_t rank, bool nf4,
-                                                           bool clustered) {
+std::tuple<int64_t, int64_t> lora_linear_decode_scratch_cuda(const Tensor weight, int64_t tokens,
+                                                             int64_t out_features, int64_t in_features,
+                                                             int64_t rank, bool nf4, bool clustered) {
   Call call(weight);
   const lk_scratch space =
       lk_cuda_lora_linear_decode_scratch(tokens, out_features, in_features, rank, nf4, clustered);
@@ -189,10 +192,10 @@ std::tuple<int64_t, int64_t> lora_linear_decode_scratch_cuda(const Tensor weight
 }
 
 int64_t lora_linear_mixed_cuda(const Tensor x, const Tensor weight, std::optional<Tensor> absmax,
-                               std::optional<Tensor> nested_absmax, std::optional<Tensor> offset, int64_t blocksize,
-                               std::optional<Tensor> lora_A, std::optional<Tensor> lora_B, double scaling,
-                               std::optional<Tensor> bias, std::optional<Tensor> given_h, Tensor y,
-                               std::optional<Tensor> h, Tensor workspace, Tensor counters) {
+                               std::optional<Tensor> nested_absmax, std::optional<Tensor> offset,
+                               int64_t blocksize, std::optional<Tensor> lora_A, std::optional<Tensor> lora_B,
+                               double scaling, std::optional<Tensor> bias, std::optional<Tensor> given_h,
+                               Tensor y, std::optional<Tensor> h, Tensor workspace, Tensor counters) {
   Call call(y);
   if (!call.ready()) return LK_NO_STREAM;
   call.input("x", x), call.input("weight", weight), call.input("absmax", absmax);
@@ -204,14 +207,15 @@ int64_t lora_linear_mixed_cuda(const Tensor x, const Tensor weight, std::optiona
       base_weight(weight, absmax, nested_absmax, offset, blocksize, y.size(1), x.size(1), &nf4);
   const lk_adapter lora = adapter(lora_A, lora_B, scaling, 0, std::nullopt);
   const lk_matrix rows = matrix(x), addend = matrix(bias);
-  return call.end(lk_cuda_lora_linear_mixed(&rows, x.size(0), &base, &lora, &addend,
-                                            given_h ? given_h->const_data_ptr() : nullptr, y.mutable_data_ptr(),
-                                            h ? h->mutable_data_ptr() : nullptr, workspace.mutable_data_ptr(),
-                                            static_cast<uint32_t*>(counters.mutable_data_ptr()), call.stream()));
+  return call.end(lk_cuda_lora_linear_mixed(
+      &rows, x.size(0), &base, &lora, &addend, given_h ? given_h->const_data_ptr() : nullptr,
+      y.mutable_data_ptr(), h ? h->mutable_data_ptr() : nullptr, workspace.mutable_data_ptr(),
+      static_cast<uint32_t*>(counters.mutable_data_ptr()), call.stream()));
 }
 
-std::tuple<int64_t, int64_t> lora_linear_mixed_scratch_cuda(const Tensor weight, int64_t tokens, int64_t out_features,
-                                                            int64_t in_features, int64_t rank) {
+std::tuple<int64_t, int64_t> lora_linear_mixed_scratch_cuda(const Tensor weight, int64_t tokens,
+                                                            int64_t out_features, int64_t in_features,
+                                                            int64_t rank) {
   Call call(weight);
   const lk_scratch scratch = lk_cuda_lora_linear_mixed_scratch(tokens, out_features, in_features, rank);
   return {scratch.workspace, scratch.counters};
@@ -239,7 +243,9 @@ STABLE_TORCH_LIBRARY_IMPL(lora_kernels_simt, CPU, m) { implement(m); }
 extern "C" __attribute__((visibility("default"))) const char* lk_simt_last_error() {
   return lk::cuda::last_error().c_str();
 }
-extern "C" __attribute__((visibility("default"))) void lk_simt_set_seed(uint64_t seed) { simt::set_seed(seed); }
+extern "C" __attribute__((visibility("default"))) void lk_simt_set_seed(uint64_t seed) {
+  simt::set_seed(seed);
+}
 extern "C" __attribute__((visibility("default"))) void lk_simt_pretend(int multiprocessors, int capability) {
   lk::cuda::pretended_device() = {multiprocessors, capability};
 }

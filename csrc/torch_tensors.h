@@ -1,4 +1,5 @@
-// What the glue of the CPU and of the CUDA launchers share: op schemas, and from torch's tensors to api.h's structs.
+// What the glue of the CPU and of the CUDA launchers share: op schemas, and from torch's tensors to api.h's
+// structs.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -23,8 +24,8 @@ inline int dtype_of(const Tensor& t) {
 }
 
 inline lk_nf4_weight nf4_weight(const Tensor& packed, const Tensor& absmax,
-                         const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& offset,
-                         int64_t blocksize) {
+                                const std::optional<Tensor>& nested_absmax,
+                                const std::optional<Tensor>& offset, int64_t blocksize) {
   return {static_cast<const uint8_t*>(packed.const_data_ptr()), absmax.const_data_ptr(),
           nested_absmax ? static_cast<const float*>(nested_absmax->const_data_ptr()) : nullptr,
           offset ? static_cast<const float*>(offset->const_data_ptr()) : nullptr, blocksize};
@@ -35,8 +36,8 @@ inline lk_matrix matrix(const std::optional<Tensor>& t) {
   return {t->const_data_ptr(), dtype_of(*t), t->dim() == 2 ? t->stride(0) : t->numel()};
 }
 
-inline lk_adapter adapter(const std::optional<Tensor>& lora_A, const std::optional<Tensor>& lora_B, double scaling,
-                   double p, const std::optional<Tensor>& rng) {
+inline lk_adapter adapter(const std::optional<Tensor>& lora_A, const std::optional<Tensor>& lora_B,
+                          double scaling, double p, const std::optional<Tensor>& rng) {
   const int64_t rank = lora_A ? lora_A->size(0) : 0;
   return {matrix(lora_A),
           matrix(lora_B),
@@ -48,8 +49,9 @@ inline lk_adapter adapter(const std::optional<Tensor>& lora_A, const std::option
 
 // The base weight as the ops pass it; `nf4` is where its parts are put when it is quantised.
 inline lk_base_weight base_weight(const Tensor& weight, const std::optional<Tensor>& absmax,
-                           const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& offset,
-                           int64_t blocksize, int64_t out_features, int64_t in_features, lk_nf4_weight* nf4) {
+                                  const std::optional<Tensor>& nested_absmax,
+                                  const std::optional<Tensor>& offset, int64_t blocksize,
+                                  int64_t out_features, int64_t in_features, lk_nf4_weight* nf4) {
   if (!absmax) return {nullptr, matrix(weight), out_features, in_features};
   *nf4 = nf4_weight(weight, *absmax, nested_absmax, offset, blocksize);
   return {nf4, {nullptr, LK_F32, 0}, out_features, in_features};
@@ -75,14 +77,16 @@ void define_out_overloads(Library& m) {
       "scaling, float p, Tensor? rng, *, Tensor(a!)? dx, Tensor(b!)? dA, Tensor(c!)? dB, Tensor(d!) "
       "workspace) -> int");
   m.def(
-      "lora_linear_decode.out(Tensor x, Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? offset, "
+      "lora_linear_decode.out(Tensor x, Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? "
+      "offset, "
       "int blocksize, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? bias, bool clustered, *, "
       "Tensor(a!) y, Tensor(b!) h, Tensor(c!) workspace, Tensor(d!) counters) -> int");
   m.def(
       "lora_linear_decode_takes(Tensor weight, int tokens, int out_features, int in_features, int blocksize, "
       "int rank) -> int");
   m.def(
-      "lora_linear_decode_scratch(Tensor weight, int tokens, int out_features, int in_features, int rank, bool "
+      "lora_linear_decode_scratch(Tensor weight, int tokens, int out_features, int in_features, int rank, "
+      "bool "
       "nf4, bool clustered) -> (int workspace, int counters)");
   m.def(
       "lora_linear_mixed.out(Tensor x, Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? offset, "

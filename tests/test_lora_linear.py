@@ -152,7 +152,7 @@ def test_results_do_not_depend_on_the_number_of_threads(kernels):
 
 
 def test_a_row_does_not_depend_on_the_rows_beside_it(kernels):
-    """Within one kernel: up to 4 (cpu) and 8 (cuda) tokens have one of their own, which torch's GEMM is not."""
+    """Within one kernel: up to 4 (cpu) and 8 (cuda) tokens have one of their own; torch's GEMM is not one."""
     pieces = {"cpu": (slice(0, 5), slice(7, 40), slice(380, 395)), "simt": (slice(0, 1), slice(2, 7))}
     if kernels == "cpu-panels":
         return

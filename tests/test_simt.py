@@ -1,4 +1,4 @@
-"""The stand-in itself: planted bugs are caught, right kernels pass, a seed repeats a failure, sanitizers are silent."""
+"""The stand-in itself: planted bugs are caught, right kernels pass, a seed repeats a failure."""
 
 import re
 import runpy
@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FLAGS = "-std=c++20 -O1 -ffp-contract=off -w -DLK_SIMT".split()
+FLAGS = ["-std=c++20", "-O1", "-ffp-contract=off", "-w", "-DLK_SIMT"]
 
 
 def compile_program(folder: Path, name: str, *sources: Path, flags: list[str] = FLAGS) -> Path:
     """The program, its objects compiled two at a time."""
     sources = (*sources, ROOT / "csrc" / "simt" / "engine.cpp")
     objects = [folder / f"{source.name}.o" for source in sources]
-    waiting = [["g++", *flags, "-x", "c++", "-c", str(s), "-o", str(o)] for s, o in zip(sources, objects, strict=True)]
+    waiting = [
+        ["g++", *flags, "-x", "c++", "-c", str(s), "-o", str(o)]
+        for s, o in zip(sources, objects, strict=True)
+    ]
     while waiting:
         running = [subprocess.Popen(command) for command in waiting[:2]]
         assert all(process.wait() == 0 for process in running)
@@ -31,7 +34,9 @@ def run(*command: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory):
-    return compile_program(tmp_path_factory.mktemp("broken"), "broken", ROOT / "tests" / "simt" / "broken_kernels.cu")
+    return compile_program(
+        tmp_path_factory.mktemp("broken"), "broken", ROOT / "tests" / "simt" / "broken_kernels.cu"
+    )
 
 
 @pytest.fixture(scope="module")

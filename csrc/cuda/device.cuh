@@ -1,6 +1,6 @@
-// What every kernel file includes first: pointers that know their address space, dynamic shared memory, and the
-// one way to launch. Compiled by nvcc for a device, and with LK_SIMT by the host compiler for csrc/simt, where
-// the same kernel text runs with every access checked.
+// What every kernel file includes first: pointers that know their address space, dynamic shared memory, and
+// the one way to launch. Compiled by nvcc for a device, and with LK_SIMT by the host compiler for csrc/simt,
+// where the same kernel text runs with every access checked.
 //
 //   lk::Global<T>, lk::Shared<T>   T* on a device, a checked pointer on the stand-in. Elements are read and
 //                                  written whole (p[i] = v); lk::cast<U>(p) looks at them as another type
@@ -30,8 +30,8 @@ __device__ __forceinline__ To* cast(From* p) {
 
 }  // namespace lk
 
-#define LK_DYNAMIC_SHARED(name)                                   \
-  extern __shared__ __align__(1024) char lk_dynamic_shared[];     \
+#define LK_DYNAMIC_SHARED(name)                               \
+  extern __shared__ __align__(1024) char lk_dynamic_shared[]; \
   ::lk::Shared<char> name = lk_dynamic_shared
 
 namespace lk::cuda {
@@ -45,8 +45,8 @@ struct LaunchShape {
 
 // Starts `kernel` on `stream`. `name` is what an error calls it.
 template <class... Parameters, class... Arguments>
-int launch([[maybe_unused]] const char* name, void (*kernel)(Parameters...), const LaunchShape& shape, void* stream,
-           Arguments&&... arguments) {
+int launch([[maybe_unused]] const char* name, void (*kernel)(Parameters...), const LaunchShape& shape,
+           void* stream, Arguments&&... arguments) {
   constexpr size_t kWithoutAsking = 48 << 10;
   if (shape.shared_bytes > kWithoutAsking) {
     const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),

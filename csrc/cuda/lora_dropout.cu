@@ -1,14 +1,16 @@
-// lora_dropout on a GPU: out[i] = x[i] where the Philox word of element first + i is kept, else 0. Not scaled.
+// lora_dropout on a GPU: out[i] = x[i] where the Philox word of element first + i is kept, else 0. Not
+// scaled.
 //
-//   element e reads word e % 4 of philox(counter = (e / 4, offset), key = seed), kept where word >= floor(p * 2^32)
+//   element e reads word e % 4 of philox(counter = (e / 4, offset), key = seed), kept where word >= floor(p *
+//   2^32)
 //
-// Aligned kernel (first divisible by 4, x and out on 16 bytes): a thread owns 16 bytes, 4 fp32 or 8 16-bit elements, one
-// or two counters:
+// Aligned kernel (first divisible by 4, x and out on 16 bytes): a thread owns 16 bytes, 4 fp32 or 8 16-bit
+// elements, one or two counters:
 //
 //     thread t:  16 bytes of x ──ten rounds per four elements──> mask ──and──> 16 bytes of out
 //
-// General kernel: a thread owns one element. Bytes: every element read and written once, so the floor is that of a
-// copy; a counter takes about 100 integer instructions, 12 to 25 an element.
+// General kernel: a thread owns one element. Bytes: every element read and written once, so the floor is that
+// of a copy; a counter takes about 100 integer instructions, 12 to 25 an element.
 #include "../philox.h"
 #include "ptx.cuh"
 
@@ -24,7 +26,8 @@ struct Problem {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) dropout_aligned(const Problem p, Global<const T> x, Global<T> out) {
+__global__ void __launch_bounds__(kThreads)
+    dropout_aligned(const Problem p, Global<const T> x, Global<T> out) {
   constexpr int kElements = 16 / sizeof(T);
   const int64_t i = (blockIdx.x * int64_t{kThreads} + threadIdx.x) * kElements;
   if (i >= p.n) return;
@@ -67,7 +70,8 @@ __global__ void __launch_bounds__(kThreads) dropout_aligned(const Problem p, Glo
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) dropout_general(const Problem p, Global<const T> x, Global<T> out) {
+__global__ void __launch_bounds__(kThreads)
+    dropout_general(const Problem p, Global<const T> x, Global<T> out) {
   const int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x;
   if (i >= p.n) return;
   const uint64_t element = static_cast<uint64_t>(p.first + i);
@@ -93,8 +97,8 @@ int dropout(const Problem& p, const void* x, void* out, void* stream) {
 }  // namespace
 }  // namespace lk::cuda
 
-extern "C" int lk_cuda_lora_dropout(const void* x, int dtype, int64_t n, int64_t first, double p, const int64_t* rng,
-                                    void* out, void* stream) {
+extern "C" int lk_cuda_lora_dropout(const void* x, int dtype, int64_t n, int64_t first, double p,
+                                    const int64_t* rng, void* out, void* stream) {
   using namespace lk::cuda;
   const Problem problem{n, first, lk::dropout_threshold(p), lk::Global<const int64_t>(rng)};
   switch (dtype) {

@@ -1,5 +1,5 @@
-// What the kernels of lora_linear share: the operands, fragments of the adapter, the end of an output, the meeting of
-// slices.
+// What the kernels of lora_linear share: the operands, fragments of the adapter, the end of an output, the
+// meeting of slices.
 #pragma once
 #include "nf4.cuh"
 
@@ -102,10 +102,11 @@ __device__ __forceinline__ void finish(const LoraLinear& p, int64_t row, int64_t
   p.y[token * p.n + row] = round_to<kDtype>(sum);
 }
 
-// For all threads of a block that has written its share of something to global memory: whether it is the last of
-// `count` blocks at `counter`, and so sees the shares of all. The counter is left at count: whoever is last sets it to
-// zero. `flag` is a word of shared memory that nobody else uses meanwhile.
-__device__ __forceinline__ bool last_to_arrive(Global<uint32_t> counter, int count, Shared<uint32_t> flag, int thread) {
+// For all threads of a block that has written its share of something to global memory: whether it is the last
+// of `count` blocks at `counter`, and so sees the shares of all. The counter is left at count: whoever is
+// last sets it to zero. `flag` is a word of shared memory that nobody else uses meanwhile.
+__device__ __forceinline__ bool last_to_arrive(Global<uint32_t> counter, int count, Shared<uint32_t> flag,
+                                               int thread) {
   __syncthreads();  // the block's share is written, and the release below is of all of it
   if (thread == 0) flag[0] = ptx::atomic_add_acq_rel(counter, 1) + 1 == static_cast<uint32_t>(count) ? 1 : 0;
   __syncthreads();

@@ -9,8 +9,9 @@ extern "C" int lk_cuda_lora_linear_decode(const lk_matrix* x, int64_t tokens, co
       "lora_linear_decode", x, tokens, base, adapter, bias, y, h, workspace, counters, stream);
 }
 
-extern "C" lk_scratch lk_cuda_lora_linear_decode_scratch(int64_t tokens, int64_t out_features, int64_t in_features,
-                                                         int64_t rank, int nf4, int clustered) {
+extern "C" lk_scratch lk_cuda_lora_linear_decode_scratch(int64_t tokens, int64_t out_features,
+                                                         int64_t in_features, int64_t rank, int nf4,
+                                                         int clustered) {
   using namespace lk::cuda;
   const decode::Plan plan =
       decode::make_plan(nf4 != 0, out_features, in_features, rank, device_info(), clustered != 0);

@@ -25,8 +25,9 @@ int run_tokens(const Problem& p, const Plan& plan, void* stream) {
 }  // namespace lk::cuda::mixed
 
 extern "C" int lk_cuda_lora_linear_mixed(const lk_matrix* x, int64_t tokens, const lk_base_weight* base,
-                                         const lk_adapter* adapter, const lk_matrix* bias, const void* given_h, void* y,
-                                         void* h, void* workspace, uint32_t* counters, void* stream) {
+                                         const lk_adapter* adapter, const lk_matrix* bias,
+                                         const void* given_h, void* y, void* h, void* workspace,
+                                         uint32_t* counters, void* stream) {
   using namespace lk::cuda;
   if (x->dtype != LK_BF16 && x->dtype != LK_F16) return LK_UNSUPPORTED_DTYPE;
   const mixed::Plan plan =
@@ -44,11 +45,12 @@ extern "C" int lk_cuda_lora_linear_mixed(const lk_matrix* x, int64_t tokens, con
     return nf4 ? mixed::run_tokens<LK_BF16, true>(p, plan, stream)
                : mixed::run_tokens<LK_BF16, false>(p, plan, stream);
   }
-  return nf4 ? mixed::run_tokens<LK_F16, true>(p, plan, stream) : mixed::run_tokens<LK_F16, false>(p, plan, stream);
+  return nf4 ? mixed::run_tokens<LK_F16, true>(p, plan, stream)
+             : mixed::run_tokens<LK_F16, false>(p, plan, stream);
 }
 
-extern "C" lk_scratch lk_cuda_lora_linear_mixed_scratch(int64_t tokens, int64_t out_features, int64_t in_features,
-                                                        int64_t rank) {
+extern "C" lk_scratch lk_cuda_lora_linear_mixed_scratch(int64_t tokens, int64_t out_features,
+                                                        int64_t in_features, int64_t rank) {
   using namespace lk::cuda;
   const mixed::Plan plan = mixed::make_plan(tokens, out_features, in_features, device_info().multiprocessors);
   return {4 * plan.workspace_floats(rank), plan.slices > 1 ? plan.tiles : 0};

@@ -1,25 +1,27 @@
 // lora_linear for 9 tokens to a few hundred, in one launch on any GPU from sm_80 on:
-//   y [T, N] = x·W0ᵀ + s·h·Bᵀ + bias,  h [T, r] = x·Aᵀ  (or given, where dropout or a large rank make it a kernel's work)
+//   y [T, N] = x·W0ᵀ + s·h·Bᵀ + bias,  h [T, r] = x·Aᵀ  (or given, where dropout or a large rank make it a
+//   kernel's work)
 //
-// Yᵀ = W·Xᵀ: rows of W0 are the m16 operand of mma.m16n8k16, decoded in registers, tokens its n8. A block owns 128 rows,
-// kTokens tokens and one slice of K; a warp 32 of the rows and all of the tokens:
+// Yᵀ = W·Xᵀ: rows of W0 are the m16 operand of mma.m16n8k16, decoded in registers, tokens its n8. A block
+// owns 128 rows, kTokens tokens and one slice of K; a warp 32 of the rows and all of the tokens:
 //
 //                      kTokens tokens
-//                 ┌─────────────────────┐
-//     rows  ┌ 32 ▒│ warp 0: 2 x (kTokens/8) fragments of fp32 sums        ▒ a stage of W0: 128 rows x kStageK of K
-//      128  │ 32  │ warp 1              │                                 ░ a stage of x: kTokens x kStageK
-//           │ 32  │ warp 2              │                                 both in a ring of cp.async, block-wide
+//                 ┌─────────────────────┐     warp w: rows 32w.., 2 x (kTokens / 8) fragments of fp32 sums
+//     rows  ┌ 32 ▒│ warp 0              │
+//      128  │ 32  │ warp 1              │     ▒ a stage: kStageK of K, of 128 rows of W0 and of kTokens
+//           │ 32  │ warp 2              │       tokens of x; a ring of them by cp.async
 //           └ 32  │ warp 3              │
 //                 └─────────────────────┘
 //     A     [ r ▒ ]  its rows are 16 more: each warp multiplies them with a quarter of the tokens
 //
-// As in lora_linear_decode the order of K within 64 is free: a thread takes 16 successive weights of a row and the same
-// 16 elements of a token, so neither is repacked. A block's scale multiplies the fragment once per 64 of K. The low-rank
-// term is a tail of the same fragments over k = r: B's rows times s·h, rounded to T as eager rounds h. Slices are added
-// in their order by the last block of a tile (GlobalExchange's counters, as in decode).
+// As in lora_linear_decode the order of K within 64 is free: a thread takes 16 successive weights of a row
+// and the same 16 elements of a token, so neither is repacked. A block's scale multiplies the fragment once
+// per 64 of K. The low-rank term is a tail of the same fragments over k = r: B's rows times s·h, rounded to T
+// as eager rounds h. Slices are added in their order by the last block of a tile (GlobalExchange's counters,
+// as in decode).
 //
-// Bytes: W0 once per kTokens tokens, x once per 128 rows (from L2); operations 2·T·N·K. The floor is the larger of
-// W0's bytes over the bandwidth and the operations over the tensor cores' rate.
+// Bytes: W0 once per kTokens tokens, x once per 128 rows (from L2); operations 2·T·N·K. The floor is the
+// larger of W0's bytes over the bandwidth and the operations over the tensor cores' rate.
 #pragma once
 #include <algorithm>
 
@@ -29,9 +31,9 @@
 namespace lk::cuda::mixed {
 
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
-constexpr int kRows = 32 * kWarps;     // of a block
-constexpr int kUnit = 64;              // weights of a row that share a scale fragment
-constexpr int kMostFusedRank = 16;     // h beside y, in registers
+constexpr int kRows = 32 * kWarps;  // of a block
+constexpr int kUnit = 64;           // weights of a row that share a scale fragment
+constexpr int kMostFusedRank = 16;  // h beside y, in registers
 constexpr int kMostSlices = 8;
 
 // A stage: of NF4 64 bytes of a row, of a dense W 128.
@@ -45,8 +47,8 @@ struct Shape {
   static constexpr int kStages = kTokens <= 32 ? 3 : 2;
   static constexpr int kWeightBytes = kRows * kRowBytes<kNf4>, kXBytes = kTokens * kStageK<kNf4> * 2;
   static constexpr int kStageBytes = kWeightBytes + kXBytes;
-  // The pair table of 32 KiB (stride 128: two instructions more for a pair than decode's, for 64 KiB less), the
-  // dynamic map, s·h [token][rank], the ring.
+  // The pair table of 32 KiB (stride 128: two instructions more for a pair than decode's, for 64 KiB less),
+  // the dynamic map, s·h [token][rank], the ring.
   static constexpr int kTable = 0, kMap = kNf4 ? 256 * 128 : 0, kRing = kMap + (kNf4 ? 1024 : 0);
   static constexpr int kH = kRing + kStages * kStageBytes;
   static constexpr int bytes(int rank) { return kH + kTokens * h_stride(rank) * 2; }
@@ -65,11 +67,11 @@ struct Problem : LoraLinear {
 template <int kDtype, bool kNf4, int kTokens>
 struct Kernel {
   using S = Shape<kNf4, kTokens>;
-  static constexpr int kColumns = kTokens / 8;         // n8 tiles
-  static constexpr int kMine = (kColumns + 3) / 4;     // of which a warp multiplies A with these many
+  static constexpr int kColumns = kTokens / 8;      // n8 tiles
+  static constexpr int kMine = (kColumns + 3) / 4;  // of which a warp multiplies A with these many
 
-  // 16-byte pieces: of x 16 (or 8) of a token, of codes 4 of a row. Permuted, so that what a fragment reads at once
-  // lies in different banks.
+  // 16-byte pieces: of x 16 (or 8) of a token, of codes 4 of a row. Permuted, so that what a fragment reads
+  // at once lies in different banks.
   static __device__ __forceinline__ int weight_place(int row, int piece) {
     return kNf4 ? row * 64 + 16 * (piece ^ (row >> 1 & 1) * 2) : row * 128 + 16 * swizzled(row, piece);
   }
@@ -77,8 +79,9 @@ struct Kernel {
     return token * 2 * kStageK<kNf4> + 16 * swizzled(token, piece);
   }
 
-  static __device__ __forceinline__ void start_stage(const Problem& p, Shared<char> stage, int64_t row0, int64_t token0,
-                                                     int64_t col0, int64_t col_end, int thread) {
+  static __device__ __forceinline__ void start_stage(const Problem& p, Shared<char> stage, int64_t row0,
+                                                     int64_t token0, int64_t col0, int64_t col_end,
+                                                     int thread) {
     constexpr int kPieces = kRowBytes<kNf4> / 16, kPerPiece = kStageK<kNf4> / kPieces;
 #pragma unroll
     for (int i = 0; i < kRows * kPieces / kThreads; ++i) {
@@ -109,7 +112,8 @@ struct Kernel {
     a[2] = pair<kByte + 1>(table, top, lane_address), a[3] = pair<kByte + 1>(table, bottom, lane_address);
   }
   template <int kByte>
-  static __device__ __forceinline__ uint32_t pair(Shared<const char> table, uint32_t codes, uint32_t lane_address) {
+  static __device__ __forceinline__ uint32_t pair(Shared<const char> table, uint32_t codes,
+                                                  uint32_t lane_address) {
     const uint32_t shifted = kByte == 0 ? codes << 7 : codes >> (8 * kByte - 7);
     return cast<const uint32_t>(table + ((shifted & 0x7f80u) | lane_address))[0];
   }
@@ -149,7 +153,7 @@ struct Kernel {
     }
 
     float acc[2][kColumns][4] = {}, low[kMine][4] = {};  // y; h of up to 16 ranks
-    const int64_t scale_row = row0 + 32 * warp + lane;      // whose scales this lane decodes
+    const int64_t scale_row = row0 + 32 * warp + lane;   // whose scales this lane decodes
     for (int step = 0; step < steps; ++step) {
       const int64_t at = col0 + int64_t{step} * kStageK<kNf4>;
       float scale[kStageK<kNf4> / kUnit] = {};
@@ -185,9 +189,10 @@ struct Kernel {
   }
 
   // acc += W[32 rows of the warp, 64] · x[kTokens, 64]ᵀ of unit u of the stage.
-  static __device__ __forceinline__ void multiply_unit(const Problem&, Shared<char> shared, Shared<const char> weights,
-                                                       Shared<const char> x, int u, float scale, uint32_t lane_address,
-                                                       int lane, int warp, float (&acc)[2][kColumns][4]) {
+  static __device__ __forceinline__ void multiply_unit(const Problem&, Shared<char> shared,
+                                                       Shared<const char> weights, Shared<const char> x,
+                                                       int u, float scale, uint32_t lane_address, int lane,
+                                                       int warp, float (&acc)[2][kColumns][4]) {
     const int g = lane / 4, t = lane % 4;
     uint32_t a[2][4][4];
     float scales[2][2] = {};
@@ -199,8 +204,10 @@ struct Kernel {
         const uint2 top = cast<const uint2>(weights + weight_place(top_row, piece) + half)[0];
         const uint2 bottom = cast<const uint2>(weights + weight_place(bottom_row, piece) + half)[0];
         const Shared<const char> table = shared + S::kTable;
-        decode<0>(table, top.x, bottom.x, lane_address, a[m][0]), decode<2>(table, top.x, bottom.x, lane_address, a[m][1]);
-        decode<0>(table, top.y, bottom.y, lane_address, a[m][2]), decode<2>(table, top.y, bottom.y, lane_address, a[m][3]);
+        decode<0>(table, top.x, bottom.x, lane_address, a[m][0]),
+            decode<2>(table, top.x, bottom.x, lane_address, a[m][1]);
+        decode<0>(table, top.y, bottom.y, lane_address, a[m][2]),
+            decode<2>(table, top.y, bottom.y, lane_address, a[m][3]);
         scales[m][0] = __shfl_sync(0xffffffffu, scale, 16 * m + g);
         scales[m][1] = __shfl_sync(0xffffffffu, scale, 16 * m + g + 8);
       } else {
@@ -209,7 +216,8 @@ struct Kernel {
         load_pairs(weights, weight_place(bottom_row, 2 * t), weight_place(bottom_row, 2 * t + 1), bottom);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          a[m][j][0] = top[2 * j], a[m][j][1] = bottom[2 * j], a[m][j][2] = top[2 * j + 1], a[m][j][3] = bottom[2 * j + 1];
+          a[m][j][0] = top[2 * j], a[m][j][1] = bottom[2 * j], a[m][j][2] = top[2 * j + 1],
+          a[m][j][3] = bottom[2 * j + 1];
         }
       }
     }
@@ -221,7 +229,7 @@ struct Kernel {
         const uint4 right = cast<const uint4>(x + x_place(8 * c + g, 8 * u + 2 * t + half))[0];
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
-          float(&sum)[4] = kNf4 ? part[m] : acc[m][c];
+          float (&sum)[4] = kNf4 ? part[m] : acc[m][c];
           mma<kDtype>(sum, a[m][2 * half], {right.x, right.y});
           mma<kDtype>(sum, a[m][2 * half + 1], {right.z, right.w});
         }
@@ -237,8 +245,8 @@ struct Kernel {
   }
 
   // low += A[16, 64] · x[tokens of this warp's columns, 64]ᵀ.
-  static __device__ __forceinline__ void multiply_A(const Problem& p, Shared<const char> x, int u, int64_t col, int lane,
-                                                    int warp, float (&low)[kMine][4]) {
+  static __device__ __forceinline__ void multiply_A(const Problem& p, Shared<const char> x, int u,
+                                                    int64_t col, int lane, int warp, float (&low)[kMine][4]) {
     const int g = lane / 4, t = lane % 4;
     uint32_t top[8] = {}, bottom[8] = {};
     if (g < p.rank) load_A<kDtype>(p, g, col + 16 * t, top);
@@ -263,11 +271,11 @@ struct Kernel {
            (int64_t{token_tile} * p.slices + slice) * kTokens * p.rank;
   }
 
-  // s·h of the slice (given: of the first slice, which is then the only one that adds it) to shared memory as T, zeros
-  // up to a multiple of 16 ranks; h itself, or its sums, out.
-  static __device__ __forceinline__ void put_h(const Problem& p, Shared<char> shared, const float (&low)[kMine][4],
-                                               int token_tile, int row_tile, int slice, int lane, int warp,
-                                               int thread) {
+  // s·h of the slice (given: of the first slice, which is then the only one that adds it) to shared memory as
+  // T, zeros up to a multiple of 16 ranks; h itself, or its sums, out.
+  static __device__ __forceinline__ void put_h(const Problem& p, Shared<char> shared,
+                                               const float (&low)[kMine][4], int token_tile, int row_tile,
+                                               int slice, int lane, int warp, int thread) {
     if (p.rank == 0) return;
     const Shared<uint16_t> h = cast<uint16_t>(shared + S::kH);
     const int stride = S::h_stride(p.rank), ranks = (p.rank + 15) / 16 * 16;
@@ -302,8 +310,8 @@ struct Kernel {
   }
 
   // acc += B[32 rows of the warp, r] · (s·h)[kTokens, r]ᵀ.
-  static __device__ __forceinline__ void add_low_rank(const Problem& p, Shared<char> shared, int64_t row, int lane,
-                                                      float (&acc)[2][kColumns][4]) {
+  static __device__ __forceinline__ void add_low_rank(const Problem& p, Shared<char> shared, int64_t row,
+                                                      int lane, float (&acc)[2][kColumns][4]) {
     const int g = lane / 4, t = lane % 4, stride = S::h_stride(p.rank);
     const Shared<const uint16_t> h = cast<const uint16_t>(shared + S::kH);
     for (int first = 0; first < p.rank; first += 16) {
@@ -325,8 +333,8 @@ struct Kernel {
     }
   }
 
-  static __device__ __forceinline__ void store(const Problem& p, const float (&acc)[2][kColumns][4], int64_t row0,
-                                               int64_t token0, int lane, int warp) {
+  static __device__ __forceinline__ void store(const Problem& p, const float (&acc)[2][kColumns][4],
+                                               int64_t row0, int64_t token0, int lane, int warp) {
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
@@ -334,18 +342,20 @@ struct Kernel {
       for (int c = 0; c < kColumns; ++c) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int64_t row = row0 + 32 * warp + 16 * m + g + i / 2 * 8, token = token0 + 8 * c + 2 * t + i % 2;
+          const int64_t row = row0 + 32 * warp + 16 * m + g + i / 2 * 8,
+                        token = token0 + 8 * c + 2 * t + i % 2;
           if (row < p.n && token < p.tokens) finish<kDtype>(p, row, token, acc[m][c][i]);
         }
       }
     }
   }
 
-  // Sums of the slice to global memory; the last block of the tile adds all slices and leaves the counter at zero.
+  // Sums of the slice to global memory; the last block of the tile adds all slices and leaves the counter at
+  // zero.
   static __device__ __forceinline__ void put_and_reduce(const Problem& p, Shared<char> shared,
-                                                        const float (&acc)[2][kColumns][4], int tile, int row_tile,
-                                                        int token_tile, int slice, int64_t row0, int64_t token0, int g,
-                                                        int t, int warp, int thread) {
+                                                        const float (&acc)[2][kColumns][4], int tile,
+                                                        int row_tile, int token_tile, int slice, int64_t row0,
+                                                        int64_t token0, int g, int t, int warp, int thread) {
     const auto sums = [&](int s) { return (int64_t{tile} * p.slices + s) * kTokens * kRows; };
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
@@ -397,10 +407,13 @@ struct Plan {
 
 inline Plan make_plan(int64_t tokens, int64_t n, int64_t k, int multiprocessors) {
   const int token_tile = tokens <= 16 ? 16 : tokens <= 32 ? 32 : 64;
-  const int64_t row_tiles = (n + kRows - 1) / kRows, tiles = row_tiles * ((tokens + token_tile - 1) / token_tile);
-  // As many slices as fill the multiprocessors once, each at least 512 long: a slice costs its sums, written and read.
+  const int64_t row_tiles = (n + kRows - 1) / kRows,
+                tiles = row_tiles * ((tokens + token_tile - 1) / token_tile);
+  // As many slices as fill the multiprocessors once, each at least 512 long: a slice costs its sums, written
+  // and read.
   int slices = 1;
-  while (slices < kMostSlices && tiles * slices * 2 <= multiprocessors && k / (slices * 2) >= 512) slices *= 2;
+  while (slices < kMostSlices && tiles * slices * 2 <= multiprocessors && k / (slices * 2) >= 512)
+    slices *= 2;
   const int64_t slice_k = ((k + slices - 1) / slices + 127) / 128 * 128;
   return {token_tile, static_cast<int>(slice_k), static_cast<int>((k + slice_k - 1) / slice_k),
           static_cast<int>(row_tiles), tiles};

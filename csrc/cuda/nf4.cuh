@@ -22,12 +22,12 @@ static __constant__ Nf4Tables kNf4Tables = make_nf4_tables();
 
 // lk_nf4_weight with pointers of this side.
 struct Nf4Weight {
-  Global<const uint8_t> packed;         // [ceil(n / 2)]
-  Global<const float> absmax;           // [blocks], or null
-  Global<const uint8_t> codes;          // [blocks] of double-quantised scales, or null
-  Global<const float> nested_absmax;    // [ceil(blocks / 256)]
-  Global<const float> offset;           // [1]
-  int block_shift;                      // log2(blocksize)
+  Global<const uint8_t> packed;       // [ceil(n / 2)]
+  Global<const float> absmax;         // [blocks], or null
+  Global<const uint8_t> codes;        // [blocks] of double-quantised scales, or null
+  Global<const float> nested_absmax;  // [ceil(blocks / 256)]
+  Global<const float> offset;         // [1]
+  int block_shift;                    // log2(blocksize)
 
   explicit Nf4Weight(const lk_nf4_weight& w) : packed(w.packed), block_shift(0) {
     if (w.nested_absmax == nullptr) {
@@ -43,17 +43,20 @@ struct Nf4Weight {
   }
 };
 
-// The scale that code `code` of block `block` stands for: two roundings, as the format says, never one fused one.
+// The scale that code `code` of block `block` stands for: two roundings, as the format says, never one fused
+// one.
 __device__ __forceinline__ float nested_scale(const Nf4Weight& w, int64_t block, uint8_t code,
                                               Shared<const float> dynamic_map) {
   return __fadd_rn(__fmul_rn(dynamic_map[code], w.nested_absmax[block / nf4::kNestedBlock]), w.offset[0]);
 }
 
-__device__ __forceinline__ float block_scale(const Nf4Weight& w, int64_t block, Shared<const float> dynamic_map) {
+__device__ __forceinline__ float block_scale(const Nf4Weight& w, int64_t block,
+                                             Shared<const float> dynamic_map) {
   return w.codes == nullptr ? float(w.absmax[block]) : nested_scale(w, block, w.codes[block], dynamic_map);
 }
 
-// ---- 16-bit types ------------------------------------------------------------------------------------------
+// ---- 16-bit types
+// ------------------------------------------------------------------------------------------
 
 template <int kDtype>
 __device__ __forceinline__ float to_float(uint16_t bits) {
@@ -83,12 +86,14 @@ __device__ __forceinline__ float load_float(Global<const void> p, int dtype, int
   return dtype == LK_BF16 ? ptx::from_bf16(bits) : ptx::from_f16(bits);
 }
 
-// ---- the pair table ----------------------------------------------------------------------------------------
+// ---- the pair table
+// ----------------------------------------------------------------------------------------
 //
-// byte -> its two weights as T(c·code), the first (the high nibble) in the low half. One copy for each lane, in its
-// own bank, so that 32 lanes never meet: entry e of lane l is the word at kPairStride·e + 4·l. With a stride of 256
-// bytes one PRMT makes the address out of a register (byte 0: 4·l, byte 1: e), and an LDS follows: one instruction
-// each for two weights. The upper 128 bytes of each stride are free for something else.
+// byte -> its two weights as T(c·code), the first (the high nibble) in the low half. One copy for each lane,
+// in its own bank, so that 32 lanes never meet: entry e of lane l is the word at kPairStride·e + 4·l. With a
+// stride of 256 bytes one PRMT makes the address out of a register (byte 0: 4·l, byte 1: e), and an LDS
+// follows: one instruction each for two weights. The upper 128 bytes of each stride are free for something
+// else.
 constexpr int kPairStride = 256;
 constexpr int kPairBytes = 256 * kPairStride;
 
@@ -105,11 +110,13 @@ __device__ __forceinline__ void fill_pair_table(Shared<char> table, int thread, 
   }
 }
 
-// The pair of byte kByte of `codes`; `lane_address` is 4 · lane. The table starts on a multiple of 64 KiB of shared
-// memory's own address space, or its base is added by the load.
+// The pair of byte kByte of `codes`; `lane_address` is 4 · lane. The table starts on a multiple of 64 KiB of
+// shared memory's own address space, or its base is added by the load.
 template <int kByte>
-__device__ __forceinline__ uint32_t decode_pair(Shared<const char> table, uint32_t codes, uint32_t lane_address) {
-  const uint32_t offset = ptx::prmt(codes, lane_address, 0x5504u | (kByte << 4));  // bytes: 4·lane, code, 0, 0
+__device__ __forceinline__ uint32_t decode_pair(Shared<const char> table, uint32_t codes,
+                                                uint32_t lane_address) {
+  const uint32_t offset =
+      ptx::prmt(codes, lane_address, 0x5504u | (kByte << 4));  // bytes: 4·lane, code, 0, 0
   return cast<const uint32_t>(table + offset)[0];
 }
 

@@ -1,15 +1,17 @@
 // nf4_dequantize on a GPU: a region [row, row+rows) x [col, col+cols) of W [N, K] -> out [rows, cols].
 //
-//   out = T(codebook[nibble] * absmax[block]),  absmax[b] = dynamic_map[q[b]] * nested_absmax[b / 256] + offset
+//   out = T(codebook[nibble] * absmax[block]),  absmax[b] = dynamic_map[q[b]] * nested_absmax[b / 256] +
+//   offset
 //
-// Aligned kernel (K, col, cols and the row stride of out divisible by 16): a thread owns 16 consecutive weights of
-// one row, which lie in one block:
+// Aligned kernel (K, col, cols and the row stride of out divisible by 16): a thread owns 16 consecutive
+// weights of one row, which lie in one block:
 //
-//     thread t:  8 bytes of codes ──lookup in a shared codebook──> 16 products ──round──> 2 (T of 16 bits) or 4
-//     stores of 16 bytes
+//     thread t:  8 bytes of codes ──lookup in a shared codebook──> 16 products ──round──> 2 (T of 16 bits) or
+//     4 stores of 16 bytes
 //
 // General kernel: a thread owns one weight; any K, any column range.
-// Bytes per weight: 0.52 read, sizeof(T) written, so the floor for bf16 is 2.52 bytes over the copy bandwidth.
+// Bytes per weight: 0.52 read, sizeof(T) written, so the floor for bf16 is 2.52 bytes over the copy
+// bandwidth.
 #include "nf4.cuh"
 
 namespace lk::cuda {
@@ -49,7 +51,8 @@ __global__ void __launch_bounds__(kThreads) dequantize_aligned(const Problem p, 
   const Tables tables = load_tables(shared);
   const lk_region r = p.region;
   const int64_t per_row = r.cols / kWeightsPerThread, total = r.rows * per_row;
-  for (int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x; i < total; i += int64_t{gridDim.x} * kThreads) {
+  for (int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x; i < total;
+       i += int64_t{gridDim.x} * kThreads) {
     const int64_t row = i / per_row, col = i % per_row * kWeightsPerThread;
     const int64_t flat = (r.row + row) * r.in_features + r.col + col;
     const float scale = block_scale(p.weight, flat >> p.weight.block_shift, tables.dynamic_map);
@@ -73,10 +76,10 @@ __global__ void __launch_bounds__(kThreads) dequantize_aligned(const Problem p, 
 #pragma unroll
       for (int v = 0; v < 2; ++v) {
         const float* eight = w + 8 * v;
-        ptx::store_stream(to + v, make_uint4(round_pair<kDtype>(eight[0], eight[1]),
-                                             round_pair<kDtype>(eight[2], eight[3]),
-                                             round_pair<kDtype>(eight[4], eight[5]),
-                                             round_pair<kDtype>(eight[6], eight[7])));
+        ptx::store_stream(
+            to + v,
+            make_uint4(round_pair<kDtype>(eight[0], eight[1]), round_pair<kDtype>(eight[2], eight[3]),
+                       round_pair<kDtype>(eight[4], eight[5]), round_pair<kDtype>(eight[6], eight[7])));
       }
     }
   }
@@ -88,7 +91,8 @@ __global__ void __launch_bounds__(kThreads) dequantize_general(const Problem p, 
   const Tables tables = load_tables(shared);
   const lk_region r = p.region;
   const int64_t total = r.rows * r.cols;
-  for (int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x; i < total; i += int64_t{gridDim.x} * kThreads) {
+  for (int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x; i < total;
+       i += int64_t{gridDim.x} * kThreads) {
     const int64_t row = i / r.cols, col = i % r.cols;
     const int64_t flat = (r.row + row) * r.in_features + r.col + col;
     const uint32_t byte = p.weight.packed[flat / 2];
@@ -102,7 +106,9 @@ __global__ void __launch_bounds__(kThreads) dequantize_general(const Problem p, 
   }
 }
 
-bool aligned_to(const void* pointer, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+bool aligned_to(const void* pointer, uintptr_t bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
 
 template <int kDtype>
 int dequantize(const lk_nf4_weight& w, const lk_region& r, void* out, int64_t out_stride, void* stream) {
@@ -115,15 +121,15 @@ int dequantize(const lk_nf4_weight& w, const lk_region& r, void* out, int64_t ou
   const LaunchShape shape{static_cast<unsigned>(blocks < most ? blocks : most), 1, 1, kThreads, kSharedBytes};
   const Problem p{Nf4Weight(w), r, out_stride};
   const Global<Element<kDtype>> to(static_cast<Element<kDtype>*>(out));
-  return launch("nf4_dequantize", aligned ? dequantize_aligned<kDtype> : dequantize_general<kDtype>, shape, stream, p,
-                to);
+  return launch("nf4_dequantize", aligned ? dequantize_aligned<kDtype> : dequantize_general<kDtype>, shape,
+                stream, p, to);
 }
 
 }  // namespace
 }  // namespace lk::cuda
 
-extern "C" int lk_cuda_nf4_dequantize(const lk_nf4_weight* weight, const lk_region* region, void* out, int dtype,
-                                      int64_t out_stride, void* stream) {
+extern "C" int lk_cuda_nf4_dequantize(const lk_nf4_weight* weight, const lk_region* region, void* out,
+                                      int dtype, int64_t out_stride, void* stream) {
   using namespace lk::cuda;
   switch (dtype) {
     case LK_F32: return dequantize<LK_F32>(*weight, *region, out, out_stride, stream);

@@ -10,7 +10,8 @@
 
 namespace lk::ptx {
 
-// ---- numbers -----------------------------------------------------------------------------------------------
+// ---- numbers
+// -----------------------------------------------------------------------------------------------
 
 // float -> bf16 bits, round to nearest even.
 __device__ __forceinline__ uint16_t cvt_rn_bf16(float x) {
@@ -64,7 +65,8 @@ __device__ __forceinline__ uint32_t prmt(uint32_t low, uint32_t high, uint32_t s
   return bytes;
 }
 
-// ---- memory ------------------------------------------------------------------------------------------------
+// ---- memory
+// ------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
@@ -97,16 +99,17 @@ __device__ __forceinline__ void prefetch_l2(Global<const void> p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
 
-// Adds to a counter in global memory, with release and acquire semantics for the whole device: what this thread
-// wrote, and what its block wrote before the last __syncthreads, is seen by whoever reads the new value. Returns
-// the old one.
+// Adds to a counter in global memory, with release and acquire semantics for the whole device: what this
+// thread wrote, and what its block wrote before the last __syncthreads, is seen by whoever reads the new
+// value. Returns the old one.
 __device__ __forceinline__ uint32_t atomic_add_acq_rel(Global<uint32_t> p, uint32_t value) {
   uint32_t old;
   asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(value) : "memory");
   return old;
 }
 
-// ---- asynchronous copies -----------------------------------------------------------------------------------
+// ---- asynchronous copies
+// -----------------------------------------------------------------------------------
 
 // A policy for cp_async: these lines of L2 are the first to go.
 __device__ __forceinline__ uint64_t evict_first_policy() {
@@ -121,11 +124,12 @@ template <int kBytes>
 __device__ __forceinline__ void cp_async(Shared<void> to, Global<const void> from, int valid = kBytes) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
   if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+                 "r"(valid)
                  : "memory");
   } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from), "n"(kBytes),
-                 "r"(valid)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from),
+                 "n"(kBytes), "r"(valid)
                  : "memory");
   }
 }
@@ -141,16 +145,18 @@ __device__ __forceinline__ void cp_async_hint(Shared<void> to, Global<const void
 // Closes a group of this thread's copies.
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits until at most kAllowed of this thread's groups are not done. Other threads see the bytes after a barrier.
+// Waits until at most kAllowed of this thread's groups are not done. Other threads see the bytes after a
+// barrier.
 template <int kAllowed>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kAllowed) : "memory");
 }
 
-// ---- matrices ----------------------------------------------------------------------------------------------
+// ---- matrices
+// ----------------------------------------------------------------------------------------------
 
-// Four 8x8 matrices of 16-bit elements: lane l points to row l % 8 of matrix l / 8; register m of lane l holds
-// elements 2(l % 4) and the next of row l / 4 of matrix m.
+// Four 8x8 matrices of 16-bit elements: lane l points to row l % 8 of matrix l / 8; register m of lane l
+// holds elements 2(l % 4) and the next of row l / 4 of matrix m.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], Shared<const void> row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -183,8 +189,8 @@ __device__ __forceinline__ void ldmatrix_x2_trans(uint32_t (&r)[2], Shared<const
 }
 
 // d [16, 8] += a [16, 16] · b [16, 8], bf16 with fp32 sums. With g = lane / 4, t = lane % 4:
-//   a: rows g, g+8, g, g+8 of columns 2t, 2t, 2t+8, 2t+8 (two each);  b: rows 2t, 2t+8 (two each) of column g;
-//   d: rows g, g, g+8, g+8 of columns 2t, 2t+1, 2t, 2t+1.
+//   a: rows g, g+8, g, g+8 of columns 2t, 2t, 2t+8, 2t+8 (two each);  b: rows 2t, 2t+8 (two each) of column
+//   g; d: rows g, g, g+8, g+8 of columns 2t, 2t+1, 2t, 2t+1.
 __device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -202,8 +208,8 @@ __device__ __forceinline__ void mma_f16(float (&d)[4], const uint32_t (&a)[4], c
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// d [16, 8] += a [16, 8] · b [8, 8] of tf32: a: rows g, g+8, g, g+8 of columns t, t, t+4, t+4; b: rows t, t+4 of
-// column g.
+// d [16, 8] += a [16, 8] · b [8, 8] of tf32: a: rows g, g+8, g, g+8 of columns t, t, t+4, t+4; b: rows t, t+4
+// of column g.
 __device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm volatile(
       "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -212,7 +218,8 @@ __device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4], 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// ---- barriers of a part of the block -----------------------------------------------------------------------
+// ---- barriers of a part of the block
+// -----------------------------------------------------------------------
 
 // Waits at barrier `id` (1..15) for `threads` threads, a multiple of 32.
 __device__ __forceinline__ void barrier_sync(int id, int threads) {

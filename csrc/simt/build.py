@@ -1,8 +1,10 @@
-"""Builds csrc/cuda for the host stand-in: python csrc/simt/build.py [--sanitize] [--csrc FOLDER] [--out FOLDER]
+"""Builds csrc/cuda for the host stand-in.
+
+    python csrc/simt/build.py [--sanitize] [--csrc FOLDER] [--out FOLDER]
 
 One library, liblora_kernels_simt.so, with the launchers of csrc/cuda, their glue (the ops of namespace
-lora_kernels_simt) and the engine; incremental, by ninja. The tests load it. --sanitize adds AddressSanitizer and
-UndefinedBehaviorSanitizer: load it with LD_PRELOAD="$(g++ -print-file-name=libasan.so)".
+lora_kernels_simt) and the engine; incremental, by ninja. The tests load it. --sanitize adds
+AddressSanitizer and UndefinedBehaviorSanitizer: load it with LD_PRELOAD="$(g++ -print-file-name=libasan.so)".
 """
 
 import argparse
@@ -30,7 +32,9 @@ def build(csrc: Path = ROOT / "csrc", out: Path = ROOT / "build" / "simt", sanit
     from torch.utils.cpp_extension import include_paths
 
     out.mkdir(parents=True, exist_ok=True)
-    flags = "-std=c++20 -O2 -g1 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Wno-unknown-pragmas"
+    flags = (
+        "-std=c++20 -O2 -g1 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Wno-unknown-pragmas"
+    )
     flags += f" -DLK_SIMT -DLK_WITH_SM90 -DTORCH_TARGET_VERSION={TORCH_TARGET}"
     if sanitize:
         flags += " -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
@@ -47,7 +51,9 @@ def build(csrc: Path = ROOT / "csrc", out: Path = ROOT / "build" / "simt", sanit
             description="SIMT $in",
         )
         shared = "-shared -fsanitize=address,undefined" if sanitize else "-shared"
-        n.rule("link", f"{cxx} {shared} $in -o $out -L{torch_lib} -Wl,--no-as-needed -ltorch -ltorch_cpu -lc10")
+        n.rule(
+            "link", f"{cxx} {shared} $in -o $out -L{torch_lib} -Wl,--no-as-needed -ltorch -ltorch_cpu -lc10"
+        )
         objects = []
         for source in sources(csrc):
             objects.append(str(out / (source.name + ".o")))

@@ -76,7 +76,8 @@ T shuffle(uint32_t mask, T value, int source, const char* name, const Where& whe
       auto* lane = static_cast<Shuffle<T>*>(lanes[i]);
       if (lane == nullptr) continue;
       if ((lane->mask >> lane->source & 1) == 0) {
-        fail(lane->where, "lane %d reads lane %d, which is not in the mask 0x%08x", i, lane->source, lane->mask);
+        fail(lane->where, "lane %d reads lane %d, which is not in the mask 0x%08x", i, lane->source,
+             lane->mask);
       }
       lane->value = values[lane->source];
     }
@@ -164,12 +165,15 @@ int launch(const char* name, void (*kernel)(Parameters...), const LaunchShape& s
   constexpr size_t kMostShared = 227 << 10;  // of a block on sm_90
   if (shape.shared_bytes > kMostShared || shape.threads > 1024 || shape.cluster > 8) {
     last_error() = std::string("kernel ") + name + ": no such launch: " + std::to_string(shape.shared_bytes) +
-                 " bytes of shared memory, " + std::to_string(shape.threads) + " threads, cluster " +
-                 std::to_string(shape.cluster);
+                   " bytes of shared memory, " + std::to_string(shape.threads) + " threads, cluster " +
+                   std::to_string(shape.cluster);
     return LK_LAUNCH_FAILED;
   }
-  const simt::LaunchConfig config{
-      name, {shape.grid_x, shape.grid_y, shape.grid_z}, {shape.threads, 1, 1}, shape.shared_bytes, shape.cluster};
+  const simt::LaunchConfig config{name,
+                                  {shape.grid_x, shape.grid_y, shape.grid_z},
+                                  {shape.threads, 1, 1},
+                                  shape.shared_bytes,
+                                  shape.cluster};
   try {
     simt::launch(config, [&] { kernel(static_cast<Parameters>(arguments)...); });
   } catch (const simt::Error& error) {

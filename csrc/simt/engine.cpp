@@ -19,7 +19,8 @@
 #error "the stand-in switches fibers in x86-64 assembly"
 #endif
 
-// Saves the callee-saved registers on the old stack, stores its pointer, and goes on with those of the new one.
+// Saves the callee-saved registers on the old stack, stores its pointer, and goes on with those of the new
+// one.
 extern "C" void simt_switch(void** from, void* to);
 asm(R"(
 .text
@@ -53,7 +54,8 @@ constexpr int kNamedBarriers = 16;
 constexpr size_t kSharedAlignment = 1024;
 constexpr uint32_t kLeastPriority = 1 << 16;  // of a warp that has something to do
 
-// ---- randomness --------------------------------------------------------------------------------------------
+// ---- randomness
+// --------------------------------------------------------------------------------------------
 
 uint64_t base_seed = 0x9e3779b97f4a7c15ull, launches = 0, launch_seed = 0;
 
@@ -73,7 +75,8 @@ Random rng;
 enum class Completion { random, eager, lazy } completion;  // of asynchronous operations
 bool by_priority;                                          // warps: strict priorities, or uniformly at random
 
-// ---- threads, warps, blocks --------------------------------------------------------------------------------
+// ---- threads, warps, blocks
+// --------------------------------------------------------------------------------
 
 struct Block;
 
@@ -92,7 +95,7 @@ struct Fiber {
   Block* block = nullptr;
   unsigned thread = 0;
   bool done = false;
-  bool polling = false;  // it gave way without having done anything
+  bool polling = false;           // it gave way without having done anything
   unsigned cluster_arrivals = 0;  // generations of the cluster barrier that it has arrived at
   const char* waiting_for = nullptr;
   Where where;
@@ -298,9 +301,9 @@ void start_block(Block& b, int64_t linear, unsigned rank, Cluster& cluster) {
     f.stack = take_stack();
     auto top = reinterpret_cast<uintptr_t>(f.stack + kStackBytes) & ~uintptr_t{15};
     void** sp = reinterpret_cast<void**>(top);
-    *--sp = nullptr;                                 // where entry would return to
-    *--sp = reinterpret_cast<void*>(&fiber_entry);   // popped by ret
-    for (int i = 0; i < 6; ++i) *--sp = nullptr;     // the saved registers
+    *--sp = nullptr;                                // where entry would return to
+    *--sp = reinterpret_cast<void*>(&fiber_entry);  // popped by ret
+    for (int i = 0; i < 6; ++i) *--sp = nullptr;    // the saved registers
     f.stack_pointer = sp;
   }
 }
@@ -412,7 +415,8 @@ void run_residents(const std::function<bool()>& refill) {
       w->priority = kLeastPriority - 1 - turn++ % kLeastPriority;  // it only waits: behind all that do not
       w->looked = epoch;
       // Nothing has happened since every thread that could go on has looked for what it waits for.
-      const bool stuck = std::ranges::all_of(all_warps, [&](Warp* o) { return o->ready == 0 || o->looked == epoch; });
+      const bool stuck =
+          std::ranges::all_of(all_warps, [&](Warp* o) { return o->ready == 0 || o->looked == epoch; });
       if (stuck) {
         if (!complete_any()) deadlock();
         ++epoch;
@@ -440,9 +444,11 @@ bool states_are(const uint8_t* state, size_t n, uint8_t value) {
   return true;
 }
 
-void check_bounds(Region* region, const void* p, size_t n, size_t align, const char* what, const Where& where) {
+void check_bounds(Region* region, const void* p, size_t n, size_t align, const char* what,
+                  const Where& where) {
   if (region == nullptr) {
-    fail(where, "%s through a %s", what, p == nullptr ? "null pointer" : "pointer to no memory of this launch");
+    fail(where, "%s through a %s", what,
+         p == nullptr ? "null pointer" : "pointer to no memory of this launch");
   }
   if (!region->holds(p, n)) {
     fail(where, "%s out of bounds: %zu bytes at offset %td of %s, which has %zu", what, n,
@@ -450,14 +456,15 @@ void check_bounds(Region* region, const void* p, size_t n, size_t align, const c
   }
   // Shared memory starts on a multiple of 1024; tensors are where torch put them, as on a device.
   if (reinterpret_cast<uintptr_t>(p) % align != 0) {
-    fail(where, "misaligned %s: %zu bytes at offset %zu of %s, alignment %zu needed", what, n, region->offset(p),
-         region->name, align);
+    fail(where, "misaligned %s: %zu bytes at offset %zu of %s, alignment %zu needed", what, n,
+         region->offset(p), region->name, align);
   }
 }
 
 }  // namespace
 
-// ---- failing -----------------------------------------------------------------------------------------------
+// ---- failing
+// -----------------------------------------------------------------------------------------------
 
 void fail(const Where& where, const char* format, ...) {
   char reason[512], place[64];
@@ -471,7 +478,8 @@ void fail(const Where& where, const char* format, ...) {
   throw Error(text);
 }
 
-// ---- memory ------------------------------------------------------------------------------------------------
+// ---- memory
+// ------------------------------------------------------------------------------------------------
 
 Region* find_region(const void* p) {
   auto after = std::upper_bound(registry.begin(), registry.end(), static_cast<const char*>(p),
@@ -503,8 +511,8 @@ void check_outputs_written() {
     if (!r->writable || std::strcmp(r->name, "workspace") == 0) continue;
     for (size_t i = 0; i < r->bytes; ++i) {
       if (r->state[i] == kUndefined) {
-        throw Error("byte " + std::to_string(i) + " of " + std::to_string(r->bytes) + " of the output " + r->name +
-                    " was never written");
+        throw Error("byte " + std::to_string(i) + " of " + std::to_string(r->bytes) + " of the output " +
+                    r->name + " was never written");
       }
     }
   }
@@ -528,8 +536,8 @@ void check_read(Region* region, const void* p, size_t n, size_t align, const Whe
     }
     if (state[i] == kBarrier) fail(where, "read of an mbarrier at offset %zu as if it were data", at + i);
     if (state[i] == kUnpublished && current != nullptr && region->writer[at + i] != current->block->linear) {
-      fail(where, "read of %s at offset %zu, which block %d wrote without a fence since", region->name, at + i,
-           region->writer[at + i]);
+      fail(where, "read of %s at offset %zu, which block %d wrote without a fence since", region->name,
+           at + i, region->writer[at + i]);
     }
   }
 }
@@ -570,7 +578,8 @@ void check_atomic(Region* region, const void* p, size_t n, const Where& where) {
   if (!region->writable) fail(where, "atomic access to the input %s", region->name);
   uint8_t* state = region->state.data() + region->offset(p);
   if (!states_are(state, n, kDefined)) {
-    fail(where, "atomic access to %s at offset %zu, which is not initialised or was written without a fence since",
+    fail(where,
+         "atomic access to %s at offset %zu, which is not initialised or was written without a fence since",
          region->name, region->offset(p));
   }
 }
@@ -600,8 +609,10 @@ void check_async_read(Region* region, const void* p, size_t n, const Where& wher
   const size_t at = region->offset(p);
   for (size_t i = 0; i < n; ++i) {
     if (region->unfenced[at + i] != 0) {
-      fail(where, "the asynchronous proxy reads shared memory at offset %zu, which a store wrote without a "
-           "fence.proxy.async since", at + i);
+      fail(where,
+           "the asynchronous proxy reads shared memory at offset %zu, which a store wrote without a "
+           "fence.proxy.async since",
+           at + i);
     }
   }
 }
@@ -610,7 +621,8 @@ void mark_in_flight(Region* region, const void* p, size_t n, const Where& where)
   check_bounds(region, p, n, 1, "asynchronous write", where);
   uint8_t* state = region->state.data() + region->offset(p);
   for (size_t i = 0; i < n; ++i) {
-    if (state[i] == kInFlight) fail(where, "two asynchronous operations write the same bytes of %s", region->name);
+    if (state[i] == kInFlight)
+      fail(where, "two asynchronous operations write the same bytes of %s", region->name);
     state[i] = kInFlight;
   }
 }
@@ -621,7 +633,8 @@ void mark_arrived(Region* region, const void* p, size_t n) {
 
 void write_async(void* to, const void* from, size_t n) { std::memcpy(to, from, n); }
 
-// ---- what a thread knows -----------------------------------------------------------------------------------
+// ---- what a thread knows
+// -----------------------------------------------------------------------------------
 
 Dim3 thread_idx() {
   const Dim3 d = config->block;
@@ -642,13 +655,15 @@ Pointer<char> cluster_shared(Pointer<char> mine, unsigned rank, const Where& whe
   if (rank >= c.blocks.size()) fail(where, "rank %u in a cluster of %zu blocks", rank, c.blocks.size());
   if (mine.region() != &current->block->shared) fail(where, "not a pointer to this block's shared memory");
   Region& other = c.blocks[rank]->shared;
-  if (c.blocks[rank]->alive == 0) fail(where, "the block of rank %u has ended: its shared memory is gone", rank);
+  if (c.blocks[rank]->alive == 0)
+    fail(where, "the block of rank %u has ended: its shared memory is gone", rank);
   return {other.base + mine.region()->offset(mine.raw()), &other};
 }
 
 uint32_t random(uint32_t below) { return rng.below(below); }
 
-// ---- waiting -----------------------------------------------------------------------------------------------
+// ---- waiting
+// -----------------------------------------------------------------------------------------------
 
 void yield() {
   current->polling = false;
@@ -658,7 +673,8 @@ void yield() {
 void wait_until(const std::function<bool()>& condition, const char* what, const Where& where) {
   current->waiting_for = what;
   current->where = where;
-  // It has got here, which others may wait for: only a second look in vain is one in which nothing has happened.
+  // It has got here, which others may wait for: only a second look in vain is one in which nothing has
+  // happened.
   for (bool looked = false; !condition(); looked = true) {
     current->polling = looked;
     to_scheduler();
@@ -670,7 +686,8 @@ void barrier(int id, unsigned count, bool wait, const Where& where) {
   if (id < 0 || id >= kNamedBarriers) fail(where, "barrier %d: there are barriers 0 to 15", id);
   if (count == 0) count = static_cast<unsigned>(b.fibers.size());
   if (id != 0 && count % kWarp != 0) fail(where, "barrier %d of %u threads: not a multiple of 32", id, count);
-  if (count > b.fibers.size()) fail(where, "barrier %d of %u threads in a block of %zu", id, count, b.fibers.size());
+  if (count > b.fibers.size())
+    fail(where, "barrier %d of %u threads in a block of %zu", id, count, b.fibers.size());
   Barrier& barrier = b.barriers[static_cast<size_t>(id)];
   if (barrier.arrived == 0) {
     barrier.count = count;
@@ -693,7 +710,8 @@ void barrier(int id, unsigned count, bool wait, const Where& where) {
 
 void cluster_arrive(const Where& where) {
   Cluster& c = *current->block->cluster;
-  if (current->cluster_arrivals > c.generation) fail(where, "a second arrival at the cluster barrier without a wait");
+  if (current->cluster_arrivals > c.generation)
+    fail(where, "a second arrival at the cluster barrier without a wait");
   current->cluster_arrivals = c.generation + 1;
   unsigned all = 0;
   for (auto& b : c.blocks) all += static_cast<unsigned>(b->fibers.size());
@@ -719,8 +737,8 @@ void warp_collective(uint32_t mask, const char* name, void* argument, Collective
   for (auto& c : w.gatherings) {
     if (c.arrived == 0 || (c.mask & mask) == 0) continue;
     if (c.mask != mask || std::strcmp(c.name, name) != 0) {
-      fail(where, "%s with mask 0x%08x, but lanes of this warp are in %s with mask 0x%08x at %s:%u", name, mask, c.name,
-           c.mask, file_name(c.where), c.where.line());
+      fail(where, "%s with mask 0x%08x, but lanes of this warp are in %s with mask 0x%08x at %s:%u", name,
+           mask, c.name, c.mask, file_name(c.where), c.where.line());
     }
     mine = &c;
   }
@@ -757,7 +775,8 @@ void warpgroup_collective(const char* name, void* argument, Collective op, const
   for (unsigned w = 0; w < 4; ++w) current->block->warps[current->thread / kWarpgroup * 4 + w].ready = ~0u;
 }
 
-// ---- operations that complete later ------------------------------------------------------------------------
+// ---- operations that complete later
+// ------------------------------------------------------------------------
 
 PendingPtr start_async(std::function<void()> complete, const Where& where) {
   auto pending = std::make_shared<Pending>(std::move(complete), where);
@@ -786,7 +805,8 @@ void cp_async_wait(int allowed) {
   }
 }
 
-// ---- launching ---------------------------------------------------------------------------------------------
+// ---- launching
+// ---------------------------------------------------------------------------------------------
 
 void set_seed(uint64_t seed) {
   base_seed = seed;
@@ -817,10 +837,12 @@ void launch(const LaunchConfig& launch_config, const std::function<void()>& thre
     }
   };
   try {
-    if (blocks == 0 || config->grid.x % cluster != 0) throw Error("the grid is empty or no multiple of the cluster");
+    if (blocks == 0 || config->grid.x % cluster != 0)
+      throw Error("the grid is empty or no multiple of the cluster");
     std::vector<int64_t> order(static_cast<size_t>(blocks / cluster));
     for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int64_t>(i);
-    for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[rng.below(static_cast<uint32_t>(i))]);
+    for (size_t i = order.size(); i > 1; --i)
+      std::swap(order[i - 1], order[rng.below(static_cast<uint32_t>(i))]);
     const size_t at_once = 1 + rng.below(4);
     size_t next = 0;
     const auto refill = [&] {
@@ -839,8 +861,8 @@ void launch(const LaunchConfig& launch_config, const std::function<void()>& thre
     run_residents(refill);
     clean_up();
   } catch (const Error& error) {
-    const std::string text = std::string("kernel ") + config->kernel + ": " + error.what() +
-                             " (seed " + std::to_string(base_seed) + ", launch " + std::to_string(launches) + ")";
+    const std::string text = std::string("kernel ") + config->kernel + ": " + error.what() + " (seed " +
+                             std::to_string(base_seed) + ", launch " + std::to_string(launches) + ")";
     clean_up();
     throw Error(text);
   }

@@ -29,21 +29,24 @@ struct Error : std::runtime_error {
 // Runs `body` as every thread of the grid. Throws Error.
 void launch(const LaunchConfig& config, const std::function<void()>& body);
 
-// The seed of the next launches: order of threads and blocks, and when asynchronous operations complete. Every
-// launch derives its own from it and the number of launches since.
+// The seed of the next launches: order of threads and blocks, and when asynchronous operations complete.
+// Every launch derives its own from it and the number of launches since.
 void set_seed(uint64_t seed);
 
-// ---- memory that kernels may touch -------------------------------------------------------------------------
+// ---- memory that kernels may touch
+// -------------------------------------------------------------------------
 
-// Registers [p, p + bytes) for launches until clear_memory. An input is readable; an output or workspace starts
-// poisoned (bytes 0xff, which is a NaN in every float type, and undefined) unless `keep` says that it holds data.
+// Registers [p, p + bytes) for launches until clear_memory. An input is readable; an output or workspace
+// starts poisoned (bytes 0xff, which is a NaN in every float type, and undefined) unless `keep` says that it
+// holds data.
 enum class Use { input, output, inout };
 void add_memory(const char* name, void* p, size_t bytes, Use use);
 // Fails where an output has bytes that no kernel wrote.
 void check_outputs_written();
 void clear_memory();
 
-// ---- what a thread knows -----------------------------------------------------------------------------------
+// ---- what a thread knows
+// -----------------------------------------------------------------------------------
 
 Dim3 thread_idx();
 Dim3 block_idx();
@@ -57,10 +60,11 @@ Pointer<char> cluster_shared(Pointer<char> mine, unsigned rank, const Where& whe
 
 uint32_t random(uint32_t below);  // of the launch's seed
 
-// ---- waiting -----------------------------------------------------------------------------------------------
+// ---- waiting
+// -----------------------------------------------------------------------------------------------
 
-// Gives way to other threads while condition() is false; `what` is for the message of a deadlock. The condition
-// may only become true by what other threads or asynchronous operations do.
+// Gives way to other threads while condition() is false; `what` is for the message of a deadlock. The
+// condition may only become true by what other threads or asynchronous operations do.
 void wait_until(const std::function<bool()>& condition, const char* what, const Where& where);
 void yield();  // lets others run, and asynchronous operations complete
 
@@ -89,12 +93,14 @@ void track_async_proxy();
 // For TMA and wgmma: fails where a generic store to [p, p + n) was not fenced.
 void check_async_read(Region* region, const void* p, size_t n, const Where& where);
 
-// ---- operations that complete later ------------------------------------------------------------------------
+// ---- operations that complete later
+// ------------------------------------------------------------------------
 
 // `complete` runs once: at a random time from now on, or when somebody calls finish. Owned by the block.
 class Pending {
  public:
-  Pending(std::function<void()> complete, const Where& where) : complete_(std::move(complete)), where(where) {}
+  Pending(std::function<void()> complete, const Where& where)
+      : complete_(std::move(complete)), where(where) {}
   void finish() {
     if (!done) {
       done = true;
@@ -117,7 +123,8 @@ void mark_in_flight(Region* region, const void* p, size_t n, const Where& where)
 void mark_arrived(Region* region, const void* p, size_t n);
 void write_async(void* to, const void* from, size_t n);  // the bytes, without checks
 
-// cp.async of the calling thread: pieces, groups in order, and waiting until at most `allowed` groups are left.
+// cp.async of the calling thread: pieces, groups in order, and waiting until at most `allowed` groups are
+// left.
 void cp_async_add(PendingPtr pending, std::function<void()> arrived);
 void cp_async_commit();
 void cp_async_wait(int allowed);

@@ -1,8 +1,9 @@
 // Memory as a kernel sees it on the stand-in: regions with a state for every byte, and checked pointers.
 //
-// A kernel's pointers are lk::Global<T> and lk::Shared<T> (csrc/cuda/ptx.cuh): plain T* on a device, Pointer<T>
-// here. Every access is checked: inside its region, aligned to its type, not a read of bytes that nobody wrote,
-// that an asynchronous copy is still writing, or that another block wrote and has not published.
+// A kernel's pointers are lk::Global<T> and lk::Shared<T> (csrc/cuda/ptx.cuh): plain T* on a device,
+// Pointer<T> here. Every access is checked: inside its region, aligned to its type, not a read of bytes that
+// nobody wrote, that an asynchronous copy is still writing, or that another block wrote and has not
+// published.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -39,10 +40,10 @@ struct Region {
   const char* name = "";
   bool writable = true;
   bool shared = false;
-  int block = -1;                // shared: its block's rank within the resident ones
-  std::vector<uint8_t> state;    // ByteState of every byte; empty: all defined (an input)
-  std::vector<int32_t> writer;   // global: the block (linear index in the grid) that wrote an unpublished byte
-  std::vector<uint8_t> unfenced; // shared: 1 where the generic proxy wrote and no fence.proxy.async followed
+  int block = -1;               // shared: its block's rank within the resident ones
+  std::vector<uint8_t> state;   // ByteState of every byte; empty: all defined (an input)
+  std::vector<int32_t> writer;  // global: the block (linear index in the grid) that wrote an unpublished byte
+  std::vector<uint8_t> unfenced;  // shared: 1 where the generic proxy wrote and no fence.proxy.async followed
 
   std::unique_ptr<BlockState> twins;  // shared: of its block
 

@@ -1,5 +1,5 @@
-// Host twins of csrc/cuda/ptx.cuh: what each instruction computes, from the PTX ISA, and when its effects may be
-// seen. Documented there.
+// Host twins of csrc/cuda/ptx.cuh: what each instruction computes, from the PTX ISA, and when its effects may
+// be seen. Documented there.
 #pragma once
 #include <bit>
 #include <cmath>
@@ -12,7 +12,8 @@ namespace lk::ptx {
 
 using simt::Where;
 
-// ---- numbers -----------------------------------------------------------------------------------------------
+// ---- numbers
+// -----------------------------------------------------------------------------------------------
 
 inline float from_bf16(uint16_t bits) { return std::bit_cast<float>(uint32_t{bits} << 16); }
 inline float from_f16(uint16_t bits) { return static_cast<float>(std::bit_cast<_Float16>(bits)); }
@@ -21,7 +22,9 @@ inline uint16_t cvt_rn_bf16(float x) {
   if (x != x) return 0x7fff;
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
-inline uint16_t cvt_rn_f16(float x) { return x != x ? 0x7fff : std::bit_cast<uint16_t>(static_cast<_Float16>(x)); }
+inline uint16_t cvt_rn_f16(float x) {
+  return x != x ? 0x7fff : std::bit_cast<uint16_t>(static_cast<_Float16>(x));
+}
 inline uint32_t cvt_rn_bf16x2(float low, float high) {
   return uint32_t{cvt_rn_bf16(low)} | uint32_t{cvt_rn_bf16(high)} << 16;
 }
@@ -45,7 +48,8 @@ inline uint32_t prmt(uint32_t low, uint32_t high, uint32_t selector) {
   return out;
 }
 
-// ---- memory ------------------------------------------------------------------------------------------------
+// ---- memory
+// ------------------------------------------------------------------------------------------------
 
 inline uint4 load_stream(Global<const uint4> p, Where where = Where::current()) { return p[{0, where}]; }
 inline uint2 load_stream(Global<const uint2> p, Where where = Where::current()) { return p[{0, where}]; }
@@ -60,7 +64,8 @@ inline uint32_t atomic_add_acq_rel(Global<uint32_t> p, uint32_t value, Where whe
   return old;
 }
 
-// ---- asynchronous copies -----------------------------------------------------------------------------------
+// ---- asynchronous copies
+// -----------------------------------------------------------------------------------
 
 inline uint64_t evict_first_policy() { return 1; }
 
@@ -69,7 +74,8 @@ inline void copy(Shared<void> to, Global<const void> from, size_t bytes, int val
   if (valid < 0 || static_cast<size_t>(valid) > bytes) simt::fail(where, "cp.async of %d valid bytes", valid);
   simt::check_write(to.region(), to.raw(), bytes, bytes, where);
   if (valid > 0) simt::check_read(from.region(), from.raw(), static_cast<size_t>(valid), bytes, where);
-  if (reinterpret_cast<uintptr_t>(from.raw()) % bytes != 0) simt::fail(where, "cp.async from a misaligned address");
+  if (reinterpret_cast<uintptr_t>(from.raw()) % bytes != 0)
+    simt::fail(where, "cp.async from a misaligned address");
   simt::mark_in_flight(to.region(), to.raw(), bytes, where);
   void* target = to.raw();
   const void* source = from.raw();
@@ -100,7 +106,8 @@ void cp_async_wait() {
   simt::cp_async_wait(kAllowed);
 }
 
-// ---- matrices ----------------------------------------------------------------------------------------------
+// ---- matrices
+// ----------------------------------------------------------------------------------------------
 
 namespace detail {
 
@@ -221,7 +228,8 @@ inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
   simt::warp_collective(detail::kAllLanes, "mma.tf32", &mma, detail::mma_tf32_lanes, where);
 }
 
-// ---- barriers of a part of the block -----------------------------------------------------------------------
+// ---- barriers of a part of the block
+// -----------------------------------------------------------------------
 
 inline void barrier_sync(int id, int threads, Where where = Where::current()) {
   simt::barrier(id, static_cast<unsigned>(threads), true, where);

@@ -137,8 +137,8 @@ class CudaBackend:
         clustered = self._launchers.clustered(base.data.device) and kernel == "lora_linear_decode"
         lines[0] = (
             f"forward: CUDA {kernel}: one launch, W0 decoded in registers for all tokens, slices of K added "
-            f"{'in a cluster' if clustered else 'through global memory'}; with dropout: lora_linear_mixed, and "
-            "h from CUDA lora_dropout and torch's GEMM"
+            f"{'in a cluster' if clustered else 'through global memory'}; with dropout: lora_linear_mixed, "
+            "and h from CUDA lora_dropout and torch's GEMM"
         )
         return [*lines, f"why: {why}"]
 

@@ -19,8 +19,8 @@ _QUANTIZE_SCRATCH = 2 + 256
 class CudaLaunchers:
     """Calls launchers, allocates their scratch, turns their status codes into exceptions.
 
-    ops: the namespace of their `out` overloads. capability: of a device, 10 * major + minor, or less where the
-    library has no code for so new a one. failure: what a failed launch's cudaError_t is called.
+    ops: the namespace of their `out` overloads. capability: of a device, 10 * major + minor, or less where
+    the library has no code for so new a one. failure: what a failed launch's cudaError_t is called.
     """
 
     def __init__(
@@ -34,8 +34,8 @@ class CudaLaunchers:
         self._mixed, self._mixed_scratch = ops.lora_linear_mixed.out, ops.lora_linear_mixed_scratch.default
         self._lora_dropout = ops.lora_dropout.out
         self._capability, self._failure = capability, failure
-        # Of the kernels whose blocks meet at a counter: zero between launches, so one set serves every launch on a
-        # stream, and no two streams may share one.
+        # Of the kernels whose blocks meet at a counter: zero between launches, so one set serves every launch
+        # on a stream, and no two streams may share one.
         self._counters: dict[tuple[torch.device, int], Tensor] = {}
 
     def nf4_quantize(
@@ -58,9 +58,18 @@ class CudaLaunchers:
         raise_for(status, "nf4_quantize", "weight", weight.dtype, self._failure)
 
     def nf4_dequantize(self, base: BaseWeight, row: int, col: int, out: Tensor) -> None:
-        """The rectangle of W at (row, col) of out's shape -> out [rows, cols], which has unit column stride."""
+        """The rectangle of W at (row, col) of out's shape -> out [rows, cols] with unit column stride."""
         status = self._nf4_dequantize(
-            *(base.data, base.absmax, base.nested_absmax, base.offset, base.blocksize, base.in_features, row, col),
+            *(
+                base.data,
+                base.absmax,
+                base.nested_absmax,
+                base.offset,
+                base.blocksize,
+                base.in_features,
+                row,
+                col,
+            ),
             out=out,
         )
         raise_for(status, "nf4_dequantize", "out", out.dtype, self._failure)
@@ -69,7 +78,9 @@ class CudaLaunchers:
         """Whether the slices of lora_linear_decode meet in a cluster on this device."""
         return self._capability(device) >= 90
 
-    def why_not_fused(self, base: BaseWeight, dtype: torch.dtype, rank: int, *others: Tensor | None) -> str | None:
+    def why_not_fused(
+        self, base: BaseWeight, dtype: torch.dtype, rank: int, *others: Tensor | None
+    ) -> str | None:
         """Why the fused kernels do not take a call; None where they do."""
         if dtype not in _16_BIT:
             return f"{dtype} is not a 16-bit type"
@@ -78,8 +89,8 @@ class CudaLaunchers:
         sizes = (1, base.out_features, base.in_features, base.blocksize if base.quantized else 0, rank)
         if not self._decode_takes(unit_columns(base.data), *sizes):
             return (
-                "the fused kernels need K % 64 = 0, NF4 blocks of 64 or more that do not straddle rows, rows that "
-                "start on 16 bytes, and r <= 256"
+                "the fused kernels need K % 64 = 0, NF4 blocks of 64 or more that do not straddle rows, rows "
+                "that start on 16 bytes, and r <= 256"
             )
         return None
 
@@ -128,7 +139,13 @@ class CudaLaunchers:
         status = self._mixed(
             x,
             *(unit_columns(base.data), base.absmax, base.nested_absmax, base.offset, base.blocksize),
-            *(unit_columns(lora_A), unit_columns(lora_B), scaling, unit_columns(bias), h if h_given else None),
+            *(
+                unit_columns(lora_A),
+                unit_columns(lora_B),
+                scaling,
+                unit_columns(bias),
+                h if h_given else None,
+            ),
             y=y,
             h=None if h_given else h,
             workspace=x.new_empty(workspace, dtype=torch.uint8),
@@ -137,7 +154,7 @@ class CudaLaunchers:
         raise_for(status, "lora_linear_mixed", "x", x.dtype, self._failure)
 
     def lora_dropout(self, x: Tensor, p: float, rng: Tensor, first: int, out: Tensor) -> None:
-        """Contiguous x, whose first element is element `first` of the whole input -> out; out may be x itself."""
+        """Contiguous x, whose first element is number `first` of the whole input -> out, or in place."""
         raise_for(self._lora_dropout(x, p, rng, first, out=out), "lora_dropout", "x", x.dtype, self._failure)
 
     def _counters_for(self, device: torch.device, count: int) -> Tensor:

@@ -110,7 +110,7 @@ class Case:
 
 def skip_where_not_taken(case: Case, by: CudaLaunchers, problem: Problem) -> None:
     """Only a GPU whose blocks have little shared memory may refuse one of PROBLEMS, and only for a long K."""
-    reason = by.why_no_decode(case.base, problem.tokens, case.dtype, problem.rank, case.A, case.B, case.bias)
+    reason = by.why_not_fused(case.base, case.dtype, problem.rank, case.A, case.B, case.bias)
     if reason is not None:
         assert problem.k >= 1024 and cuda._capability(case.x.device) >= 100, reason
         pytest.skip(f"this GPU does not take it: {reason}")
@@ -250,14 +250,11 @@ def test_graphs_and_launches_run_side_by_side(device):
 
 
 def test_the_op_takes_the_kernel_and_explain_says_so(device):
-    case, by = Case(Problem(1, 300, 4096, bias=False), torch.bfloat16, device), launchers("counters", device)
+    case = Case(Problem(1, 300, 4096, bias=False), torch.bfloat16, device)
     route = "clustered" if cuda._capability(device) >= 90 else "counters"
     w = case.base
     weight = lk.NF4Weight(w.data, w.absmax, w.nested_absmax, w.offset, (300, 4096), 64, torch.bfloat16)
     y = lk.lora_linear(case.x, weight, case.A, case.B, scaling=SCALING)
     assert torch.equal(y, case.decode(launchers(route, device))[0])
-    assert "lora_linear_decode" in cuda.explain(case.base, 1, torch.bfloat16)[0]
-    assert by.why_no_decode(case.base, MOST_DECODE_TOKENS + 1, torch.bfloat16, 16) == "more than 8 tokens"
-    assert "why not CUDA lora_linear_decode: more than 8" in "\n".join(
-        cuda.explain(case.base, 9, torch.bfloat16)
-    )
+    assert "CUDA lora_linear_decode" in cuda.explain(case.base, MOST_DECODE_TOKENS, torch.bfloat16)[0]
+    assert "CUDA lora_linear_decode" not in cuda.explain(case.base, MOST_DECODE_TOKENS + 1, torch.bfloat16)[0]

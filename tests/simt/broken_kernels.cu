@@ -1,7 +1,8 @@
-// Kernels that are wrong on purpose, each beside its right form: the stand-in must stop or contradict every wrong one
-// within 100 seeds, and pass every right one for all of them. Compiled for the host only.
+// Kernels that are wrong on purpose, each beside its right form: the stand-in must stop or contradict every
+// wrong one within 100 seeds, and pass every right one for all of them. Compiled for the host only.
 //
-//   broken_kernels [SEEDS]      prints a line a kernel; exit status 1 where one is not caught, or a right one fails
+//   broken_kernels [SEEDS]      prints a line a kernel; exit status 1 where one is not caught, or a right one
+//   fails
 #include <cstdlib>
 #include <cstring>
 #include <string>
@@ -52,7 +53,8 @@ enum class Bug {
   leaves_cluster_too_early,
 };
 
-// ---- a block's cp.async ring: out[block] = sum of 1024 of n floats -----------------------------------------
+// ---- a block's cp.async ring: out[block] = sum of 1024 of n floats
+// -----------------------------------------
 
 constexpr int kTileFloats = 256, kTiles = 4, kStages = 3, kPipelineThreads = 64;
 
@@ -110,7 +112,8 @@ void run_pipeline(Rng& rng) {
   }
 }
 
-// ---- ldmatrix and mma: out [16, 8] = a [16, 64] · b [8, 64]ᵀ ------------------------------------------------
+// ---- ldmatrix and mma: out [16, 8] = a [16, 64] · b [8, 64]ᵀ
+// ------------------------------------------------
 
 template <Bug kBug>
 __global__ void matrix(Global<const uint16_t> a, Global<const uint16_t> b, Global<float> out) {
@@ -162,7 +165,8 @@ void run_matrix(Rng& rng) {
   }
 }
 
-// ---- two warps and named barriers: out[i] = 2 x[i], handed over through one buffer -------------------------
+// ---- two warps and named barriers: out[i] = 2 x[i], handed over through one buffer
+// -------------------------
 
 template <Bug kBug>
 __global__ void hand_over(Global<const int> x, int rounds, Global<int> out) {
@@ -196,7 +200,8 @@ void run_hand_over(Rng& rng) {
   }
 }
 
-// ---- warp collectives: out[i] = sum of the n first of 32 ---------------------------------------------------
+// ---- warp collectives: out[i] = sum of the n first of 32
+// ---------------------------------------------------
 
 template <Bug kBug>
 __global__ void warp_sum(Global<const int> x, int n, Global<int> out) {
@@ -225,14 +230,15 @@ void run_warp_sum(Rng& rng) {
   for (int i = 0; i < 32; ++i) want += i < n ? x[i] = i * i : (x[i] = 0);
   problems::Memory memory;
   x.use("x", Use::input), out.use("out", Use::output);
-  problems::check_status(cuda::launch("warp_sum", warp_sum<kBug>, {1, 1, 1, 32}, nullptr, Global<const int>(x.get()), n,
-                                      Global<int>(out.get())));
+  problems::check_status(cuda::launch("warp_sum", warp_sum<kBug>, {1, 1, 1, 32}, nullptr,
+                                      Global<const int>(x.get()), n, Global<int>(out.get())));
   for (int i = 0; i < n; ++i) {
     if (out[i] != want) throw Wrong("warp_sum: wrong sum");
   }
 }
 
-// ---- a grid that meets at a counter: out = sum of the blocks' sums, twice in a row -------------------------
+// ---- a grid that meets at a counter: out = sum of the blocks' sums, twice in a row
+// -------------------------
 
 template <Bug kBug>
 __global__ void grid_sum(Global<const int> x, Global<int> parts, Global<uint32_t> counter, Global<int> out) {
@@ -273,16 +279,19 @@ void run_grid_sum(Rng& rng) {
   }
 }
 
-// ---- TMA, mbarriers and wgmma: y [64, 64] = a [64, K] · b [64, K]ᵀ; then out through TMA --------------------
+// ---- TMA, mbarriers and wgmma: y [64, 64] = a [64, K] · b [64, K]ᵀ; then out through TMA
+// --------------------
 
-constexpr int kGemmStages = 2, kStageBytes = 2 * 64 * 128, kGemmThreads = 160;  // a warpgroup, and a warp that loads
+constexpr int kGemmStages = 2, kStageBytes = 2 * 64 * 128,
+              kGemmThreads = 160;  // a warpgroup, and a warp that loads
 
 template <Bug kBug>
 __global__ void gemm(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b,
                      const __grid_constant__ TensorMap y, int steps) {
   LK_DYNAMIC_SHARED(shared);
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
-  const Shared<uint64_t> full = cast<uint64_t>(shared + kGemmStages * kStageBytes), empty = full + kGemmStages;
+  const Shared<uint64_t> full = cast<uint64_t>(shared + kGemmStages * kStageBytes),
+                         empty = full + kGemmStages;
   if (thread == 0) {
     for (int s = 0; s < kGemmStages; ++s) ptx::mbarrier_init(full + s, 1), ptx::mbarrier_init(empty + s, 4);
     if (kBug != Bug::missing_init_fence) ptx::fence_mbarrier_init();
@@ -313,10 +322,12 @@ __global__ void gemm(const __grid_constant__ TensorMap a, const __grid_constant_
     const Shared<char> stage = shared + ring.stage * kStageBytes;
     for (int k = 0; k < 4; ++k) {
       const uint64_t left = ptx::k_major_descriptor<Swizzle::bytes_128>(stage);
-      const uint64_t right = kBug == Bug::wrong_descriptor_stride
-                                 ? ptx::matrix_descriptor<Swizzle::bytes_128>(stage + kStageBytes / 2, 16, 512)
-                                 : ptx::k_major_descriptor<Swizzle::bytes_128>(stage + kStageBytes / 2);
-      ptx::wgmma_ss_bf16<64>(d, ptx::descriptor_advance(left, 32 * k), ptx::descriptor_advance(right, 32 * k), true);
+      const uint64_t right =
+          kBug == Bug::wrong_descriptor_stride
+              ? ptx::matrix_descriptor<Swizzle::bytes_128>(stage + kStageBytes / 2, 16, 512)
+              : ptx::k_major_descriptor<Swizzle::bytes_128>(stage + kStageBytes / 2);
+      ptx::wgmma_ss_bf16<64>(d, ptx::descriptor_advance(left, 32 * k), ptx::descriptor_advance(right, 32 * k),
+                             true);
     }
     ptx::wgmma_commit();
     if (kBug == Bug::stage_released_too_early && lane == 0) ptx::mbarrier_arrive(empty + ring.stage);
@@ -346,7 +357,8 @@ void run_gemm(Rng& rng) {
   Buffer<float> storage_y(64 * 64 + 32);
   // TMA wants 16-byte aligned matrices, which new[] of 16-bit elements does not promise.
   const auto aligned = [](auto* p) {
-    return reinterpret_cast<std::remove_reference_t<decltype(p)>>((reinterpret_cast<uintptr_t>(p) + 127) / 128 * 128);
+    return reinterpret_cast<std::remove_reference_t<decltype(p)>>((reinterpret_cast<uintptr_t>(p) + 127) /
+                                                                  128 * 128);
   };
   uint16_t *a = aligned(storage_a.get()), *b = aligned(storage_b.get());
   float* y = aligned(storage_y.get());
@@ -361,9 +373,9 @@ void run_gemm(Rng& rng) {
   problems::check_status(cuda::make_tensor_map_2d(&a_map, a, {2, 64, k, k, 64, 64}));
   problems::check_status(cuda::make_tensor_map_2d(&b_map, b, {2, 64, k, k, 64, 64}));
   problems::check_status(cuda::make_tensor_map_2d(&y_map, y, {4, 64, 64, 64, 64, 64, Swizzle::none}));
-  problems::check_status(cuda::launch("gemm", gemm<kBug>,
-                                      {1, 1, 1, kGemmThreads, kGemmStages * (kStageBytes + 2 * sizeof(uint64_t))},
-                                      nullptr, a_map, b_map, y_map, steps));
+  problems::check_status(cuda::launch(
+      "gemm", gemm<kBug>, {1, 1, 1, kGemmThreads, kGemmStages * (kStageBytes + 2 * sizeof(uint64_t))},
+      nullptr, a_map, b_map, y_map, steps));
   simt::check_outputs_written();
   for (int i = 0; i < 64; ++i) {
     for (int j = 0; j < 64; ++j) {
@@ -374,7 +386,8 @@ void run_gemm(Rng& rng) {
   }
 }
 
-// ---- a cluster: out[i] = sum over the blocks of their i-th number, read from one another's shared memory ----
+// ---- a cluster: out[i] = sum over the blocks of their i-th number, read from one another's shared memory
+// ----
 
 template <Bug kBug>
 __global__ void cluster_sum(Global<const int> x, Global<int> out) {
@@ -401,8 +414,8 @@ void run_cluster_sum(Rng& rng) {
   for (size_t i = 0; i < x.size; ++i) x[i] = static_cast<int>(i * i % 37);
   problems::Memory memory;
   x.use("x", Use::input), out.use("out", Use::output);
-  problems::check_status(cuda::launch("cluster_sum", cluster_sum<kBug>, {blocks, 1, 1, 32, 128, blocks}, nullptr,
-                                      Global<const int>(x.get()), Global<int>(out.get())));
+  problems::check_status(cuda::launch("cluster_sum", cluster_sum<kBug>, {blocks, 1, 1, 32, 128, blocks},
+                                      nullptr, Global<const int>(x.get()), Global<int>(out.get())));
   for (size_t i = 0; i < out.size; ++i) {
     int want = 0;
     for (unsigned b = 0; b < blocks; ++b) want += x[b * 32 + i % 32];
@@ -410,7 +423,8 @@ void run_cluster_sum(Rng& rng) {
   }
 }
 
-// ---- all of them -------------------------------------------------------------------------------------------
+// ---- all of them
+// -------------------------------------------------------------------------------------------
 
 #define LK_BROKEN(run, bug) {#bug " in " #run, run<Bug::bug>}
 const std::vector<problems::Problem> kBroken = {
@@ -445,8 +459,8 @@ const std::vector<problems::Problem> kBroken = {
     LK_BROKEN(run_cluster_sum, leaves_cluster_too_early),
 };
 const std::vector<problems::Problem> kRight = {
-    LK_BROKEN(run_pipeline, none), LK_BROKEN(run_matrix, none),   LK_BROKEN(run_hand_over, none),
-    LK_BROKEN(run_warp_sum, none), LK_BROKEN(run_grid_sum, none), LK_BROKEN(run_gemm, none),
+    LK_BROKEN(run_pipeline, none),    LK_BROKEN(run_matrix, none),   LK_BROKEN(run_hand_over, none),
+    LK_BROKEN(run_warp_sum, none),    LK_BROKEN(run_grid_sum, none), LK_BROKEN(run_gemm, none),
     LK_BROKEN(run_cluster_sum, none),
 };
 
@@ -464,7 +478,7 @@ int main(int count, char** arguments) {
       problems::passes(problem, 1, seeds, true);  // its message
     }
   }
-  std::printf("%zu broken kernels, %d not caught; %zu right ones, %d failed\n", kBroken.size(), missed, kRight.size(),
-              failed);
+  std::printf("%zu broken kernels, %d not caught; %zu right ones, %d failed\n", kBroken.size(), missed,
+              kRight.size(), failed);
   return missed + failed > 0 ? 1 : 0;
 }

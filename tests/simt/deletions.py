@@ -1,10 +1,11 @@
-"""Deletes every barrier, wait, fence and mask of the real kernels, one at a time: the stand-in must notice each.
+"""Deletes every barrier, wait, fence and mask of the real kernels: the stand-in must notice each.
 
     python tests/simt/deletions.py [--seeds 100] [--jobs 2] [--only TEXT]
 
-Synchronisation is found by its spelling, so that a new kernel's is deleted too; masks are listed. A deletion is
-caught where the driver (drive.cpp) fails within that many seeds. JUSTIFIED says which need not be, and why. Prints
-a line each; exit status 1 where one is neither caught nor justified, or one that is justified is caught.
+Synchronisation is found by its spelling, so that a new kernel's is deleted too; masks are listed. A deletion
+is caught where the driver (drive.cpp) fails within that many seeds. JUSTIFIED says which need not be, and
+why. Prints a line each; exit status 1 where one is neither caught nor justified, or one that is justified is
+caught.
 """
 
 import argparse
@@ -20,12 +21,12 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 CUDA = ROOT / "csrc" / "cuda"
 PRIMITIVES = ("device.cuh", "tensor_map.cuh", "ptx.cuh", "ptx_sm90.cuh")
-FLAGS = "-std=c++20 -O1 -ffp-contract=off -w -DLK_SIMT".split()
+FLAGS = ["-std=c++20", "-O1", "-ffp-contract=off", "-w", "-DLK_SIMT"]
 TIMEOUT_S = 300
 
 SYNCHRONISATION = re.compile(
-    r"(?:__syncthreads|__syncwarp|__threadfence|ptx::(?:cp_async_wait<[^;]*>|cp_async_commit|cluster_arrive|cluster_wait"
-    r"|barrier_sync|barrier_arrive|fence_\w+|mbarrier_\w+|wgmma_\w+|bulk_\w+))\([^;]*\);"
+    r"(?:__syncthreads|__syncwarp|__threadfence|ptx::(?:cp_async_wait<[^;]*>|cp_async_commit"
+    r"|cluster_arrive|cluster_wait|barrier_sync|barrier_arrive|fence_\w+|mbarrier_\w+|wgmma_\w+|bulk_\w+))\([^;]*\);"
 )
 
 
@@ -60,8 +61,12 @@ MASKS = (
     Deletion("lora_linear_mixed.cuh", "row0 + row < p.n && col < col_end", "col < col_end"),
     Deletion("lora_linear_mixed.cuh", "row0 + row < p.n && col < col_end", "row0 + row < p.n"),
     Deletion("lora_linear_mixed.cuh", "token0 + token < p.tokens && col < col_end", "col < col_end"),
-    Deletion("lora_linear_mixed.cuh", "token0 + token < p.tokens && col < col_end", "token0 + token < p.tokens"),
-    Deletion("lora_linear_mixed.cuh", "scale_row < p.n && at + u * kUnit < col_end", "at + u * kUnit < col_end"),
+    Deletion(
+        "lora_linear_mixed.cuh", "token0 + token < p.tokens && col < col_end", "token0 + token < p.tokens"
+    ),
+    Deletion(
+        "lora_linear_mixed.cuh", "scale_row < p.n && at + u * kUnit < col_end", "at + u * kUnit < col_end"
+    ),
     Deletion("lora_linear_mixed.cuh", "scale_row < p.n && at + u * kUnit < col_end", "scale_row < p.n"),
     Deletion("lora_linear_mixed.cuh", "fused_h && at + u * kUnit < col_end", "fused_h"),
     Deletion("lora_linear_mixed.cuh", "if (g < p.rank) load_A", "load_A"),
@@ -118,7 +123,7 @@ def compile_object(source: Path, out: Path) -> None:
 
 
 class Tree:
-    """A copy of what the driver is made of, with objects that are compiled again only where a file changed."""
+    """A copy of what the driver is made of, with objects that are compiled again only where they must."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -127,7 +132,11 @@ class Tree:
 
     def sources(self) -> list[Path]:
         kernels = sorted((self.folder / "csrc" / "cuda").glob("*.cu"))
-        return [*kernels, self.folder / "csrc" / "simt" / "engine.cpp", self.folder / "tests" / "simt" / "drive.cpp"]
+        return [
+            *kernels,
+            self.folder / "csrc" / "simt" / "engine.cpp",
+            self.folder / "tests" / "simt" / "drive.cpp",
+        ]
 
     def object(self, source: Path) -> Path:
         return self.folder / (source.name + ".o")
@@ -146,7 +155,9 @@ class Tree:
 def run(driver: Path, seeds: int) -> tuple[bool, str]:
     """Whether every seed passed, and the first message where not."""
     try:
-        done = subprocess.run([driver, "all", str(seeds)], capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        done = subprocess.run(
+            [driver, "all", str(seeds)], capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+        )
     except subprocess.TimeoutExpired:
         return False, f"no end within {TIMEOUT_S} s"
     failures = [line for line in done.stdout.splitlines() if "seeds passed" not in line]
@@ -166,7 +177,9 @@ def check(deletion: Deletion, base: Path, seeds: int) -> tuple[Deletion, bool, s
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description="Deletes every barrier, wait, fence and mask, one at a time.")
+    parser = argparse.ArgumentParser(
+        description="Deletes every barrier, wait, fence and mask, one at a time."
+    )
     parser.add_argument("--seeds", type=int, default=100)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", default="", help="only deletions whose line contains this text")

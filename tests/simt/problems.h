@@ -1,5 +1,5 @@
-// Random problems for the kernels of csrc/cuda on the stand-in, checked against plain loops in double: for the proofs
-// in this folder, the sanitizer build, and for gdb. No torch, no Python.
+// Random problems for the kernels of csrc/cuda on the stand-in, checked against plain loops in double: for
+// the proofs in this folder, the sanitizer build, and for gdb. No torch, no Python.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -29,8 +29,12 @@ inline int64_t between(Rng& rng, int64_t low, int64_t high) {
 }
 inline float normal(Rng& rng) { return std::normal_distribution<float>()(rng); }
 
-inline uint16_t to_16(int dtype, float x) { return dtype == LK_BF16 ? lk::ptx::cvt_rn_bf16(x) : lk::ptx::cvt_rn_f16(x); }
-inline float from_16(int dtype, uint16_t x) { return dtype == LK_BF16 ? lk::ptx::from_bf16(x) : lk::ptx::from_f16(x); }
+inline uint16_t to_16(int dtype, float x) {
+  return dtype == LK_BF16 ? lk::ptx::cvt_rn_bf16(x) : lk::ptx::cvt_rn_f16(x);
+}
+inline float from_16(int dtype, uint16_t x) {
+  return dtype == LK_BF16 ? lk::ptx::from_bf16(x) : lk::ptx::from_f16(x);
+}
 
 // Memory for one launch; registered with the stand-in under a name. Exactly as large as asked for.
 template <class T>
@@ -99,7 +103,8 @@ struct Nf4 {
 // nf4_dequantize of a random rectangle: aligned or ragged.
 inline void dequantize(Rng& rng) {
   const bool aligned = rng() % 2 == 0;
-  const int64_t unit = aligned ? 16 : 1, k = unit * between(rng, 1, aligned ? 12 : 150), n = between(rng, 1, 40);
+  const int64_t unit = aligned ? 16 : 1, k = unit * between(rng, 1, aligned ? 12 : 150),
+                n = between(rng, 1, 40);
   Nf4 w(rng, n * k, int64_t{32} << between(rng, 0, 3), rng() % 2 == 0);
   const int64_t row = between(rng, 0, n - 1), col = unit * between(rng, 0, k / unit - 1);
   const lk_region region = {k, row, between(rng, 1, n - row), col, unit * between(rng, 1, (k - col) / unit)};
@@ -115,10 +120,10 @@ inline void dequantize(Rng& rng) {
     for (int64_t c = 0; c < region.cols; ++c) {
       const int64_t i = (row + r) * k + col + c, o = r * region.cols + c;
       const float want = static_cast<float>(w.weight(i));
-      const bool same = dtype == LK_F32
-                            ? reinterpret_cast<float*>(out.get())[o] == want
-                            : reinterpret_cast<uint16_t*>(out.get())[o] == to_16(dtype, want);
-      if (!same) throw Wrong("nf4_dequantize: wrong weight at " + std::to_string(r) + ", " + std::to_string(c));
+      const bool same = dtype == LK_F32 ? reinterpret_cast<float*>(out.get())[o] == want
+                                        : reinterpret_cast<uint16_t*>(out.get())[o] == to_16(dtype, want);
+      if (!same)
+        throw Wrong("nf4_dequantize: wrong weight at " + std::to_string(r) + ", " + std::to_string(c));
     }
   }
 }
@@ -146,9 +151,11 @@ inline void quantize(Rng& rng) {
     nested_absmax.use("nested_absmax", Use::output), scratch.use("scratch", Use::inout);
     const void* weight = dtype == LK_F32 ? static_cast<const void*>(values.get()) : halves.get();
     auto* words = reinterpret_cast<uint32_t*>(scratch.get());
-    check_status(lk_cuda_nf4_quantize(weight, dtype, n, blocksize, packed.get(), absmax.get(), words, nullptr));
-    check_status(lk_cuda_nf4_quantize_absmax(absmax.get(), blocks, codes.get(), nested_absmax.get(), offset.get(),
-                                             words + 2, reinterpret_cast<double*>(scratch.get() + 2), nullptr));
+    check_status(
+        lk_cuda_nf4_quantize(weight, dtype, n, blocksize, packed.get(), absmax.get(), words, nullptr));
+    check_status(lk_cuda_nf4_quantize_absmax(absmax.get(), blocks, codes.get(), nested_absmax.get(),
+                                             offset.get(), words + 2,
+                                             reinterpret_cast<double*>(scratch.get() + 2), nullptr));
     simt::check_outputs_written();
     double sum = 0;
     for (int64_t b = 0; b < blocks; ++b) {
@@ -163,10 +170,12 @@ inline void quantize(Rng& rng) {
         const float scaled = std::clamp(whole ? values[i] * (1 / floor) : values[i] / floor, -1.0f, 1.0f);
         int code = 0;
         for (const float middle : lk::nf4::kMidpoints) code += scaled > middle;
-        if ((i % 2 == 0 ? packed[i / 2] >> 4 : packed[i / 2] & 15) != code) throw Wrong("nf4_quantize: wrong code");
+        if ((i % 2 == 0 ? packed[i / 2] >> 4 : packed[i / 2] & 15) != code)
+          throw Wrong("nf4_quantize: wrong code");
       }
     }
-    if (offset[0] != static_cast<float>(sum / static_cast<double>(blocks))) throw Wrong("nf4_quantize: wrong offset");
+    if (offset[0] != static_cast<float>(sum / static_cast<double>(blocks)))
+      throw Wrong("nf4_quantize: wrong offset");
     for (int64_t b = 0; b < blocks; ++b) {
       float most = 0;
       for (int64_t i = b / 256 * 256; i < std::min(blocks, (b / 256 + 1) * 256); ++i) {
@@ -185,7 +194,8 @@ inline void quantize(Rng& rng) {
 
 // lora_dropout of a piece of a longer input, in place or not.
 inline void dropout(Rng& rng) {
-  const int64_t n = between(rng, 1, 3000), first = rng() % 2 == 0 ? 4 * between(rng, 0, 9) : between(rng, 0, 9);
+  const int64_t n = between(rng, 1, 3000),
+                first = rng() % 2 == 0 ? 4 * between(rng, 0, 9) : between(rng, 0, 9);
   const int dtype = rng() % 2 == 0 ? LK_F32 : LK_BF16;
   const double p = 0.3;
   Buffer<float> x(n), out(n);  // of the first half where elements have 16 bits
@@ -206,7 +216,8 @@ inline void dropout(Rng& rng) {
                                          static_cast<uint64_t>(key[0]));
     const bool keep = words.w[(first + i) % 4] >= lk::dropout_threshold(p);
     const char zero[4] = {};
-    if (std::memcmp(to + i * size, keep ? from + i * size : zero, size) != 0) throw Wrong("lora_dropout: wrong element");
+    if (std::memcmp(to + i * size, keep ? from + i * size : zero, size) != 0)
+      throw Wrong("lora_dropout: wrong element");
   }
 }
 
@@ -215,12 +226,15 @@ enum class Kernel { decode, decode_clustered, mixed, mixed_given_h };
 // lora_linear by one of its kernels, several launches one after the other on the same counters.
 inline void lora_linear(Rng& rng, Kernel kernel) {
   const bool clustered = kernel == Kernel::decode_clustered;
-  const bool mixed = kernel == Kernel::mixed || kernel == Kernel::mixed_given_h, given = kernel == Kernel::mixed_given_h;
+  const bool mixed = kernel == Kernel::mixed || kernel == Kernel::mixed_given_h,
+             given = kernel == Kernel::mixed_given_h;
   const int dtype = rng() % 2 == 0 ? LK_BF16 : LK_F16;
   const bool nf4 = rng() % 2 == 0, biased = rng() % 2 == 0;
   const int64_t tokens = mixed ? between(rng, 1, 70) : between(rng, 1, 8), k = 64 * between(rng, 1, 22);
   const int64_t n = between(rng, 1, 150);
-  const int64_t rank = given ? between(rng, 1, 50) : mixed ? between(rng, 0, 16) : between(rng, 0, 2) * between(rng, 1, 17);
+  const int64_t rank = given   ? between(rng, 1, 50)
+                       : mixed ? between(rng, 0, 16)
+                               : between(rng, 0, 2) * between(rng, 1, 17);
   lk::cuda::pretended_device() = {static_cast<int>(between(rng, 1, 24)), clustered ? 90 : 80};
   Buffer<uint16_t> x(tokens * k), dense(nf4 ? 0 : n * k), bias(biased ? n : 0), A(rank * k), B(n * rank);
   Nf4 w(rng, nf4 ? n * k : 64, 64, rng() % 2 == 0);
@@ -250,13 +264,13 @@ inline void lora_linear(Rng& rng, Kernel kernel) {
     const lk_base_weight base = {nf4 ? &weight : nullptr, {dense.get(), dtype, k}, n, k};
     const lk_adapter adapter = {{A.get(), dtype, k}, {B.get(), dtype, rank}, rank, scaling, 0, nullptr};
     const lk_matrix rows = {x.get(), dtype, k}, addend = {biased ? bias.get() : nullptr, dtype, n};
-    check_status(mixed ? lk_cuda_lora_linear_mixed(&rows, tokens, &base, &adapter, &addend, given ? h.get() : nullptr,
-                                                   y.get(), given ? nullptr : h.get(), workspace.get(),
-                                                   counters.get(), nullptr)
-                 : clustered ? lk_cuda_lora_linear_decode_clustered(&rows, tokens, &base, &adapter, &addend, y.get(),
-                                                                  h.get(), nullptr)
-                           : lk_cuda_lora_linear_decode(&rows, tokens, &base, &adapter, &addend, y.get(), h.get(),
-                                                        workspace.get(), counters.get(), nullptr));
+    check_status(mixed       ? lk_cuda_lora_linear_mixed(
+                                   &rows, tokens, &base, &adapter, &addend, given ? h.get() : nullptr, y.get(),
+                                   given ? nullptr : h.get(), workspace.get(), counters.get(), nullptr)
+                 : clustered ? lk_cuda_lora_linear_decode_clustered(&rows, tokens, &base, &adapter, &addend,
+                                                                    y.get(), h.get(), nullptr)
+                             : lk_cuda_lora_linear_decode(&rows, tokens, &base, &adapter, &addend, y.get(),
+                                                          h.get(), workspace.get(), counters.get(), nullptr));
     simt::check_outputs_written();
     // Norms of rows of K terms of unit variance; a wrong fragment, row or slice is off by much more.
     const double unit = dtype == LK_BF16 ? 8e-3 : 2e-3;
@@ -278,8 +292,8 @@ inline void lora_linear(Rng& rng, Kernel kernel) {
         }
         const double got = from_16(dtype, y[t * n + o]);
         if (!(std::abs(got - sum) <= unit * (std::abs(sum) + std::sqrt(size)))) {
-          throw Wrong("wrong y[" + std::to_string(t) + ", " + std::to_string(o) + "]: " +
-                      std::to_string(got) + ", expected " + std::to_string(sum));
+          throw Wrong("wrong y[" + std::to_string(t) + ", " + std::to_string(o) +
+                      "]: " + std::to_string(got) + ", expected " + std::to_string(sum));
         }
       }
     }
@@ -311,7 +325,8 @@ inline bool passes(const Problem& problem, uint64_t first, uint64_t seeds, bool 
     try {
       problem.run(rng);
     } catch (const std::runtime_error& error) {
-      if (verbose) std::printf("%s: seed %llu: %s\n", problem.name, static_cast<unsigned long long>(seed), error.what());
+      if (verbose)
+        std::printf("%s: seed %llu: %s\n", problem.name, static_cast<unsigned long long>(seed), error.what());
       return false;
     }
   }
