@@ -21,7 +21,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 ALL_ARCHS = "80;86;89;90a;100a;120"
-PTX_ARCH = "120"  # the newest base architecture: its PTX runs on every later device
+PTX_ARCH = "90"  # the oldest that has every instruction used: its PTX runs on every later device
 TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11: the oldest torch that loads the library
 PYTHON_TARGET = "0x030a0000"  # Python 3.10, and the wheel tag below
 

@@ -9,7 +9,7 @@ import torch
 
 import lora_kernels as lk
 from lora_kernels import backends
-from lora_kernels.backends import cuda, native
+from lora_kernels.backends import cuda
 
 
 def test_the_device_decides():
@@ -47,13 +47,11 @@ def test_an_unknown_backend_is_named():
 
 
 def test_a_library_without_cuda_says_so(monkeypatch):
-    class WithoutCuda:
-        cuda_archs = ""
-
-    monkeypatch.setattr(native, "_C", WithoutCuda)
+    monkeypatch.setattr(cuda._backend, "_archs", "")
     weight = lk.nf4_quantize(torch.randn(4, 64))
     with pytest.raises(RuntimeError, match="built without CUDA"):
         cuda.nf4_dequantize(weight.base_weight(), 0, 0, torch.empty(4, 64))
+    assert "not built" in cuda.explain(weight.base_weight(), 1, torch.bfloat16)[0]
 
 
 def run(code, cwd=None, **environment):

@@ -41,7 +41,10 @@ def test_env_lists_every_target(monkeypatch):
     assert "sm_80, sm_90a, PTX 120; they need a driver >= 580" in environment._cuda_lines()[0]
 
 
-@pytest.mark.parametrize("archs, there", [("80", False), ("80;89", False), ("90a", True), ("80;90a", True)])
+@pytest.mark.parametrize(
+    "archs, there",
+    [("80", False), ("80;89", False), ("90a", True), ("80;90a", True), ("80;120", False), ("80;ptx90", True)],
+)
 def test_clusters_are_chosen_only_where_the_library_has_their_code(archs, there, monkeypatch):
     """On a GPU of sm_90, where a library that was built with LORA_KERNELS_CUDA_ARCHS=80 runs too."""
     monkeypatch.setattr(_C, "cuda_archs", archs)

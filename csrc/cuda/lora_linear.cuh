@@ -20,8 +20,8 @@ struct LoraLinear {
   float scaling;
   Global<const void> bias;  // [N] or null
   int bias_dtype;
-  Global<uint16_t> y, h;      // [T, N], [T, r]
-  bool x_aligned, A_aligned;  // rows start on 16 bytes
+  Global<uint16_t> y, h;                 // [T, N], [T, r]
+  bool x_aligned, A_aligned, B_aligned;  // rows start on 16 bytes
 };
 
 inline bool aligned_rows(const void* data, int64_t stride, int64_t element_bytes) {
@@ -55,14 +55,16 @@ inline LoraLinear lora_linear_operands(const lk_matrix& x, int64_t tokens, const
           Global<uint16_t>(static_cast<uint16_t*>(y)),
           Global<uint16_t>(static_cast<uint16_t*>(h)),
           aligned_rows(x.data, x.stride, 2),
-          aligned_rows(A.data, A.stride, element_bytes(A.dtype))};
+          aligned_rows(A.data, A.stride, element_bytes(A.dtype)),
+          aligned_rows(B.data, B.stride, element_bytes(B.dtype))};
 }
 
-// 16 elements of row `row` of A from column `col`, as 8 pairs of T.
-template <int kDtype>
-__device__ __forceinline__ void load_A(const LoraLinear& p, int64_t row, int64_t col, uint32_t (&pairs)[8]) {
-  const int64_t i = row * p.A_stride + col;
-  if (p.A_aligned && p.A_dtype == kDtype) {
+// 16 elements of a row of A from element `at`, as 8 pairs of T. kDirect: A is of T, and its rows lie on 16
+// bytes.
+template <int kDtype, bool kDirect>
+__device__ __forceinline__ void load_A(const LoraLinear& p, int64_t row, int64_t at, uint32_t (&pairs)[8]) {
+  const int64_t i = row * p.A_stride + at;
+  if constexpr (kDirect) {
     const Global<const uint4> from = cast<const uint4>(cast<const uint16_t>(p.lora_A) + i);
 #pragma unroll
     for (int v = 0; v < 2; ++v) {

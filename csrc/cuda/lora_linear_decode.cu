@@ -22,6 +22,7 @@ extern "C" lk_scratch lk_cuda_lora_linear_decode_scratch(int64_t tokens, int64_t
 // slice of K that fits a block's shared memory.
 extern "C" int lk_cuda_lora_linear_decode_takes(int64_t tokens, const lk_base_weight* base, int64_t rank) {
   using namespace lk::cuda::decode;
+  using lk::cuda::aligned_rows;
   const int64_t k = base->in_features;
   if (tokens < 1 || tokens > kMostTokens || k < kUnit || k % kUnit != 0 || base->out_features < 1 ||
       rank > kMostRank) {

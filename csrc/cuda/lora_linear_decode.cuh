@@ -23,7 +23,7 @@
 #pragma once
 #include <algorithm>
 
-#include "nf4.cuh"
+#include "lora_linear.cuh"
 
 namespace lk::cuda::decode {
 
@@ -113,57 +113,12 @@ inline Plan make_plan(bool nf4, int64_t n, int64_t k, int64_t rank, const Device
   return best;
 }
 
-struct Problem {
-  int tokens;
-  int64_t n, k;
-  Global<const uint16_t> x;  // [T, K]
-  int64_t x_stride;
-  Nf4Weight nf4;
-  Global<const uint16_t> dense;  // [N, K]
-  int64_t dense_stride;
-  Global<const void> lora_A, lora_B;  // [r, K], [N, r]
-  int A_dtype, B_dtype;
-  int64_t A_stride, B_stride;
-  int rank;
-  float scaling;
-  Global<const void> bias;  // [N] or null
-  int bias_dtype;
-  Global<uint16_t> y, h;      // [T, N], [T, r]
+struct Problem : LoraLinear {
   Global<float> partial;      // [group][slice][T][rows], then [slice][T][r] of h
   Global<uint32_t> counters;  // [groups], zero between launches
   int rows, slice_k, slices, groups;
-  bool x_aligned, A_aligned, B_aligned;  // rows start on 16 bytes
-  bool codes_aligned;                    // a scale's code for each unit, and rows of codes start on 4 bytes
+  bool codes_aligned;  // a scale's code for each unit, and rows of codes start on 4 bytes
 };
-
-// 16 elements of a row of A from element `at`, as 8 pairs of T. kDirect: A is of T, and its rows lie on 16
-// bytes.
-template <int kDtype, bool kDirect>
-__device__ __forceinline__ void load_A(const Problem& p, int64_t row, int64_t at, uint32_t (&pairs)[8]) {
-  const int64_t i = row * p.A_stride + at;
-  if constexpr (kDirect) {
-    const Global<const uint4> from = cast<const uint4>(cast<const uint16_t>(p.lora_A) + i);
-#pragma unroll
-    for (int v = 0; v < 2; ++v) {
-      const uint4 four = from[v];
-      pairs[4 * v] = four.x, pairs[4 * v + 1] = four.y, pairs[4 * v + 2] = four.z, pairs[4 * v + 3] = four.w;
-    }
-  } else if (p.A_aligned && p.A_dtype == LK_F32) {
-    const Global<const float4> from = cast<const float4>(cast<const float>(p.lora_A) + i);
-#pragma unroll
-    for (int v = 0; v < 4; ++v) {
-      const float4 four = from[v];
-      pairs[2 * v] = round_pair<kDtype>(four.x, four.y);
-      pairs[2 * v + 1] = round_pair<kDtype>(four.z, four.w);
-    }
-  } else {
-#pragma unroll
-    for (int v = 0; v < 8; ++v) {
-      pairs[v] = round_pair<kDtype>(load_float(p.lora_A, p.A_dtype, i + 2 * v),
-                                    load_float(p.lora_A, p.A_dtype, i + 2 * v + 1));
-    }
-  }
-}
 
 // The 16 elements of x that this thread's column of the n8 operand needs of 64.
 __device__ __forceinline__ void load_x(Shared<const char> x, uint32_t (&pairs)[8]) {
@@ -216,13 +171,6 @@ __device__ __forceinline__ void multiply_B(const Problem& p, Shared<const float>
   }
 }
 
-// y of a row and token, rounded once.
-template <int kDtype>
-__device__ __forceinline__ void finish(const Problem& p, int64_t row, int token, float sum) {
-  if (p.bias != nullptr) sum += load_float(p.bias, p.bias_dtype, row);
-  p.y[token * p.n + row] = round_to<kDtype>(sum);
-}
-
 // How the slices of a group meet. An exchange says where a slice's sums go and adds them up in the order of
 // the slices.
 //
@@ -252,14 +200,9 @@ struct GlobalExchange {
         p.partial[h_sums(p, slice) + i] = h[i % p.rank * kMostTokens + i / p.rank];
       }
     }
-    const Shared<uint32_t> last = cast<uint32_t>(shared + l.flag);
-    __syncthreads();  // the block's sums are written, and the release below is of all of them
-    if (thread == 0) {
-      last[0] = ptx::atomic_add_acq_rel(p.counters + group, 1) + 1 == static_cast<uint32_t>(p.slices) ? 1 : 0;
-    }
-    __syncthreads();
-    if (last[0] == 0) return;
-    for (int i = thread; i < p.tokens * rows; i += kThreads) {
+    const Shared<uint32_t> flag = cast<uint32_t>(shared + l.flag);
+    if (!last_to_arrive(p.counters + group, p.slices, flag, thread)) return;
+    for (int i = thread; i < static_cast<int>(p.tokens) * rows; i += kThreads) {
       const int token = i / rows, row = i % rows;
       float sum = 0;
       for (int s = 0; s < p.slices; ++s) sum += p.partial[sums(p, group, s) + token * p.rows + row];
@@ -617,11 +560,6 @@ __global__ void __launch_bounds__(kThreads, 2) lora_linear_decode(const Problem 
 }
 
 // What both launchers do: the plan, the parameters, the choice among the instances.
-inline bool aligned_rows(const void* data, int64_t stride, int64_t element_bytes) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * element_bytes % 16 == 0;
-}
-inline int64_t element_bytes(int dtype) { return dtype == LK_F32 ? 4 : 2; }
-
 template <class Exchange>
 int run(const char* name, const lk_matrix* x, int64_t tokens, const lk_base_weight* base,
         const lk_adapter* adapter, const lk_matrix* bias, void* y, void* h, void* workspace,
@@ -630,39 +568,15 @@ int run(const char* name, const lk_matrix* x, int64_t tokens, const lk_base_weig
   const bool nf4 = base->nf4 != nullptr;
   const int64_t n = base->out_features, k = base->in_features;
   const Plan plan = make_plan(nf4, n, k, adapter->rank, device_info(), Exchange::kClustered);
-  const lk_nf4_weight none = {nullptr, nullptr, nullptr, nullptr, 64};
-  const lk_matrix &A = adapter->lora_A, &B = adapter->lora_B;
-  Problem p{static_cast<int>(tokens),
-            n,
-            k,
-            Global<const uint16_t>(static_cast<const uint16_t*>(x->data)),
-            x->stride,
-            Nf4Weight(nf4 ? *base->nf4 : none),
-            Global<const uint16_t>(static_cast<const uint16_t*>(base->dense.data)),
-            base->dense.stride,
-            Global<const void>(A.data),
-            Global<const void>(B.data),
-            A.dtype,
-            B.dtype,
-            A.stride,
-            B.stride,
-            static_cast<int>(adapter->rank),
-            static_cast<float>(adapter->scaling),
-            Global<const void>(bias->data),
-            bias->dtype,
-            Global<uint16_t>(static_cast<uint16_t*>(y)),
-            Global<uint16_t>(static_cast<uint16_t*>(h)),
-            Global<float>(static_cast<float*>(workspace)),
-            Global<uint32_t>(counters),
-            plan.rows,
-            plan.slice_k,
-            plan.slices,
-            plan.groups,
-            aligned_rows(x->data, x->stride, 2),
-            aligned_rows(A.data, A.stride, element_bytes(A.dtype)),
-            aligned_rows(B.data, B.stride, element_bytes(B.dtype)),
-            nf4 && base->nf4->nested_absmax != nullptr && base->nf4->blocksize == kUnit &&
-                k % (4 * kUnit) == 0 && reinterpret_cast<uintptr_t>(base->nf4->absmax) % 4 == 0};
+  const Problem p{lora_linear_operands(*x, tokens, *base, *adapter, *bias, y, h),
+                  Global<float>(static_cast<float*>(workspace)),
+                  Global<uint32_t>(counters),
+                  plan.rows,
+                  plan.slice_k,
+                  plan.slices,
+                  plan.groups,
+                  nf4 && base->nf4->nested_absmax != nullptr && base->nf4->blocksize == kUnit &&
+                      k % (4 * kUnit) == 0 && reinterpret_cast<uintptr_t>(base->nf4->absmax) % 4 == 0};
   const LaunchShape shape{static_cast<unsigned>(plan.groups * plan.slices),
                           1,
                           1,

@@ -249,8 +249,16 @@ struct Kernel {
                                                     int64_t col, int lane, int warp, float (&low)[kMine][4]) {
     const int g = lane / 4, t = lane % 4;
     uint32_t top[8] = {}, bottom[8] = {};
-    if (g < p.rank) load_A<kDtype>(p, g, col + 16 * t, top);
-    if (g + 8 < p.rank) load_A<kDtype>(p, g + 8, col + 16 * t, bottom);
+    const bool direct = p.A_aligned && p.A_dtype == kDtype;
+    const auto load = [&](int rank, uint32_t (&pairs)[8]) {
+      if (rank >= p.rank) return;
+      if (direct) {
+        load_A<kDtype, true>(p, rank, col + 16 * t, pairs);
+      } else {
+        load_A<kDtype, false>(p, rank, col + 16 * t, pairs);
+      }
+    };
+    load(g, top), load(g + 8, bottom);
 #pragma unroll
     for (int i = 0; i < kMine; ++i) {
       const int c = warp + 4 * i;

@@ -102,11 +102,11 @@ constexpr float kBalance = kDtype == LK_BF16 ? nf4::kBalanceBf16 : nf4::kBalance
 
 template <int kDtype, int kStride = kPairStride>
 __device__ __forceinline__ void fill_pair_table(Shared<char> table, int thread, int threads) {
-  for (int e = thread; e < 256; e += threads) {
+  for (int i = thread; i < 8 * 256; i += threads) {  // eight threads an entry: their stores meet in no bank
+    const int e = i / 8;
     const uint32_t pair = round_pair<kDtype>(kBalance<kDtype> * kNf4Tables.codebook[e >> 4],
                                              kBalance<kDtype> * kNf4Tables.codebook[e & 15]);
-    Shared<uint4> to = cast<uint4>(table + e * kStride);
-    for (int i = 0; i < 8; ++i) to[i] = make_uint4(pair, pair, pair, pair);
+    cast<uint4>(table + (e * kStride + i % 8 * 16))[0] = make_uint4(pair, pair, pair, pair);
   }
 }
 

@@ -147,8 +147,14 @@ class CudaBackend:
 def _capability(device: torch.device) -> int:
     """Of the device, as far as the library has code for it: clusters are in the code for sm_90 and later."""
     major, minor = torch.cuda.get_device_capability(device)
-    built = (int(arch.removeprefix("ptx").rstrip("a")) for arch in native._C.cuda_archs.split(";"))
-    return 10 * major + minor if any(arch >= 90 for arch in built) else min(10 * major + minor, 89)
+    capability = 10 * major + minor
+
+    def has_clusters(arch: str) -> bool:
+        number = int(arch.removeprefix("ptx").rstrip("a"))
+        runs_here = number <= capability and (arch.startswith("ptx") or number // 10 == major)
+        return runs_here and number >= 90
+
+    return capability if any(map(has_clusters, native._C.cuda_archs.split(";"))) else min(capability, 89)
 
 
 _backend = CudaBackend(

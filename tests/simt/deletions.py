@@ -56,7 +56,7 @@ MASKS = (
     Deletion("lora_linear_decode.cuh", "row + 8 < p.n ? row + 8 : p.n - 1", "row + 8"),
     Deletion("lora_linear_decode.cuh", "row + 8 * half >= p.n || token >= p.tokens", "token >= p.tokens"),
     Deletion("lora_linear_decode.cuh", "row + 8 * half >= p.n || token >= p.tokens", "row + 8 * half >= p.n"),
-    Deletion("lora_linear_decode.cuh", "if (last[0] == 0) return;", ""),
+    Deletion("lora_linear.cuh", "return flag[0] != 0;", "return true;"),
     Deletion("lora_linear_decode.cuh", "if (thread == 0) p.counters[group] = 0;", ""),
     Deletion("lora_linear_mixed.cuh", "row0 + row < p.n && col < col_end", "col < col_end"),
     Deletion("lora_linear_mixed.cuh", "row0 + row < p.n && col < col_end", "row0 + row < p.n"),
@@ -69,8 +69,7 @@ MASKS = (
     ),
     Deletion("lora_linear_mixed.cuh", "scale_row < p.n && at + u * kUnit < col_end", "scale_row < p.n"),
     Deletion("lora_linear_mixed.cuh", "fused_h && at + u * kUnit < col_end", "fused_h"),
-    Deletion("lora_linear_mixed.cuh", "if (g < p.rank) load_A", "load_A"),
-    Deletion("lora_linear_mixed.cuh", "if (g + 8 < p.rank) load_A", "load_A"),
+    Deletion("lora_linear_mixed.cuh", "if (rank >= p.rank) return;", ""),
     Deletion("lora_linear_mixed.cuh", "if (c >= kColumns) break;", ""),
     Deletion("lora_linear_mixed.cuh", "slice == 0 && token0 + token < p.tokens && j < p.rank", "true"),
     Deletion("lora_linear_mixed.cuh", "row_tile != 0 || j >= p.rank", "row_tile != 0"),
@@ -141,10 +140,21 @@ class Tree:
     def object(self, source: Path) -> Path:
         return self.folder / (source.name + ".o")
 
+    def included(self, source: Path) -> set[str]:
+        """Names of the files of this tree that the source is made of."""
+        seen, waiting = set(), [source]
+        while waiting:
+            path = waiting.pop()
+            if path.exists() and path.name not in seen:
+                seen.add(path.name)
+                waiting += [
+                    path.parent / name for name in re.findall(r'#include "([^"]+)"', path.read_text())
+                ]
+        return seen
+
     def link(self, changed: str | None) -> Path:
         for source in self.sources():
-            includes = changed is not None and changed in source.read_text()
-            if not self.object(source).exists() or source.name == changed or includes:
+            if not self.object(source).exists() or changed in self.included(source):
                 compile_object(source, self.object(source))
         driver = self.folder / "drive"
         objects = [str(self.object(source)) for source in self.sources()]
