@@ -177,7 +177,6 @@ struct Kernel {
         if (fused_h && at + u * kUnit < col_end) multiply_A(p, x, u, at + u * kUnit, lane, warp, low);
       }
     }
-    __syncthreads();  // the ring is free
     put_h(p, shared, low, token_tile, row_tile, slice, lane, warp, thread);
     __syncthreads();  // s·h is there
     if (p.rank > 0) add_low_rank(p, shared, row0 + 32 * warp, lane, acc);

@@ -130,15 +130,20 @@ inline void dequantize(Rng& rng) {
 
 // nf4_quantize and its second level, several launches on the same scratch: codes and scales byte for byte.
 inline void quantize(Rng& rng) {
-  const int64_t n = between(rng, 1, 9000), blocksize = int64_t{32} << between(rng, 0, 4);
+  // Blocks that warps share and blocks that lanes share; scales whose mean is half way between two floats.
+  const bool tie = rng() % 3 == 0;
+  const int64_t blocksize = tie || rng() % 3 == 0 ? 32 : int64_t{32} << between(rng, 0, 7);
+  const int64_t n = tie ? 64 * between(rng, 1, 3000) : between(rng, 1, rng() % 4 == 0 ? 200000 : 9000);
+  lk::cuda::pretended_device() = {1, 80};
   const int64_t blocks = Nf4::blocks(n, blocksize), nested = Nf4::blocks(blocks, 256);
-  const int dtype = static_cast<int>(rng() % 3);
+  const int dtype = tie ? LK_F32 : static_cast<int>(rng() % 3);
   Buffer<float> values(n);
   Buffer<uint16_t> halves(n);
   Buffer<uint64_t> scratch(2 + LK_NF4_PARTIAL_SUMS);
   for (int launch = 0; launch < 2; ++launch) {
     for (int64_t i = 0; i < n; ++i) {
       values[i] = rng() % 7 == 0 ? 0 : normal(rng);
+      if (tie) values[i] = i % 32 != 0 ? std::clamp(values[i], -1.0f, 1.0f) : i % 64 == 0 ? 1.0f : std::nextafter(1.0f, 2.0f);
       if (dtype != LK_F32) values[i] = from_16(dtype, halves[i] = to_16(dtype, values[i]));
     }
     Buffer<uint8_t> packed((n + 1) / 2), codes(blocks);
@@ -235,7 +240,7 @@ inline void lora_linear(Rng& rng, Kernel kernel) {
   const int64_t rank = given   ? between(rng, 1, 50)
                        : mixed ? between(rng, 0, 16)
                                : between(rng, 0, 2) * between(rng, 1, 17);
-  lk::cuda::pretended_device() = {static_cast<int>(between(rng, 1, 24)), clustered ? 90 : 80};
+  lk::cuda::pretended_device() = {static_cast<int>(between(rng, 1, rng() % 2 == 0 ? 24 : 2)), clustered ? 90 : 80};
   Buffer<uint16_t> x(tokens * k), dense(nf4 ? 0 : n * k), bias(biased ? n : 0), A(rank * k), B(n * rank);
   Nf4 w(rng, nf4 ? n * k : 64, 64, rng() % 2 == 0);
   for (auto* buffer : {&x, &dense, &bias, &A, &B}) {
