@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CUDA = ROOT / "csrc" / "cuda"
 PRIMITIVES = ("device.cuh", "tensor_map.cuh", "ptx.cuh", "ptx_sm90.cuh")
 FLAGS = ["-std=c++20", "-O1", "-ffp-contract=off", "-w", "-DLK_SIMT"]
-TIMEOUT_S = 300
+TIMEOUT_S = 120  # a fault may loop for ever
 
 SYNCHRONISATION = re.compile(
     r"(?:__syncthreads|__syncwarp|__threadfence|ptx::(?:cp_async_wait<[^;]*>|cp_async_commit"
