@@ -90,8 +90,8 @@ MASKS = (
 )
 
 JUSTIFIED = {
-    "lora_dropout.cu #0: 'if (i >= p.n) return;'": "behind the end the loops over single elements do nothing: "
-    "it saves ten rounds",
+    "lora_dropout.cu #0: 'if (i >= p.n) return;'": "the loops over single elements do nothing, "
+    "and it saves ten rounds",
 }
 
 
