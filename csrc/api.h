@@ -145,6 +145,50 @@ int lk_cuda_lora_linear_mixed(const lk_matrix* x, int64_t tokens, const lk_base_
 lk_scratch lk_cuda_lora_linear_mixed_scratch(int64_t tokens, int64_t out_features, int64_t in_features,
                                              int64_t rank);
 
+// The low-rank products on a GPU, of one adapter or of up to LK_MOST_ADAPTERS, each with rows of its own:
+// adapter a's are order[begins[a]], ..., order[begins[a + 1] - 1] of `count`. Without order (null) there is
+// one adapter, and every row is its. Dropout is the first adapter's.
+enum { LK_MOST_ADAPTERS = 64 };
+typedef struct lk_rows {
+  int64_t count;
+  const int64_t* order;   // [count] or null
+  const int64_t* begins;  // [adapters + 1] or null
+  int64_t adapters;
+} lk_rows;
+
+// h [T, r] = dropout(x)·Aᵀ, `h_stride` elements from row to row; rows of no adapter, and ranks that a row's
+// adapter does not have, are left alone. Workspace and counters as above.
+int lk_cuda_lora_shrink(const lk_matrix* x, int64_t in_features, const lk_rows* rows,
+                        const lk_adapter* adapters, void* h, int64_t h_stride, void* workspace,
+                        uint32_t* counters, void* stream);
+lk_scratch lk_cuda_lora_shrink_scratch(int64_t rows, int64_t adapters, int sorted, int64_t in_features,
+                                       int64_t most_rank);
+
+// out [T, columns] (+)= s/(1-p)·v·Bᵀ, or backward v·A with the mask; added to what is there where `add`.
+int lk_cuda_lora_expand(const lk_matrix* v, const lk_rows* rows, const lk_adapter* adapters, int backward,
+                        int add, void* out, int64_t columns, int64_t out_stride, void* stream);
+
+// The backward's sweep over dy: g [T, r] = s/(1-p)·dy·B in dy's dtype (null: not wanted), dB [N, r] =
+// s/(1-p)·dyᵀ·h of each adapter (an array, or null; data null: not wanted), and dbias [N], the sum of all
+// rows (null: not wanted; with one adapter only).
+int lk_cuda_lora_linear_backward_dy(const lk_matrix* dy, int64_t out_features, const lk_rows* rows,
+                                    const lk_adapter* adapters, const lk_matrix* h, void* g, int64_t g_stride,
+                                    const lk_matrix* dB, float* dbias, void* workspace, void* stream);
+// Its sweep over x: dA [r, K] = gᵀ·dropout(x) of each adapter.
+int lk_cuda_lora_linear_backward_x(const lk_matrix* x, int64_t in_features, const lk_rows* rows,
+                                   const lk_adapter* adapters, const lk_matrix* g, const lk_matrix* dA,
+                                   void* workspace, void* stream);
+// Bytes of either's workspace for `columns` of dy or x; g_stride 0: without g.
+int64_t lk_cuda_lora_linear_backward_sweep_workspace(int64_t rows, int64_t adapters, int64_t columns,
+                                                     int64_t most_rank, int64_t g_stride);
+
+// dx [T, K] = dy·W0 + m⊙(g·A) for few to some hundred tokens, in one launch; the base is as
+// lora_linear_decode takes it, g [T, r] contiguous.
+int lk_cuda_lora_linear_backward_dx(const lk_matrix* dy, int64_t tokens, const lk_base_weight* base,
+                                    const lk_adapter* adapter, const void* g, void* dx, void* workspace,
+                                    uint32_t* counters, void* stream);
+lk_scratch lk_cuda_lora_linear_backward_dx_scratch(int64_t tokens, int64_t out_features, int64_t in_features);
+
 // The instruction set of the CPU kernels: the one in use, the highest this machine supports (of "portable",
 // "avx2", "avx512", "avx512bf16", each of which includes those before it), and the choice of another one.
 const char* lk_cpu_isa(void);

@@ -221,6 +221,170 @@ std::tuple<int64_t, int64_t> lora_linear_mixed_scratch_cuda(const Tensor weight,
   return {scratch.workspace, scratch.counters};
 }
 
+// ---- the low-rank products
+
+lk_rows rows_of(Call& call, int64_t count, int64_t adapters, const std::optional<Tensor>& order,
+                const std::optional<Tensor>& begins) {
+  call.input("order", order), call.input("begins", begins);
+  const auto words = [](const std::optional<Tensor>& t) {
+    return t ? static_cast<const int64_t*>(t->const_data_ptr()) : nullptr;
+  };
+  return {count, words(order), words(begins), adapters};
+}
+
+// An output of each adapter; none where it has no elements.
+std::vector<lk_matrix> outputs_of(Call& call, const char* name, const std::vector<Tensor>& tensors) {
+  std::vector<lk_matrix> matrices;
+  for (const Tensor& t : tensors) {
+    call.output(name, t);
+    matrices.push_back(t.numel() == 0 ? lk_matrix{nullptr, LK_F32, 0} : matrix(t));
+  }
+  return matrices;
+}
+
+// Sorted rows leave those of no adapter alone.
+void rows_output(Call& call, const char* name, const Tensor& t, const std::optional<Tensor>& order) {
+  if (order) {
+    call.inout(name, t);
+  } else {
+    call.output(name, t);
+  }
+}
+
+int64_t lora_shrink_cuda(const Tensor x, std::vector<Tensor> lora_A, double p, std::optional<Tensor> rng,
+                         std::optional<Tensor> order, std::optional<Tensor> begins, Tensor h,
+                         Tensor workspace, Tensor counters) {
+  Call call(h);
+  if (!call.ready()) return LK_NO_STREAM;
+  call.input("x", x), call.input("rng", rng), rows_output(call, "h", h, order);
+  call.output("workspace", workspace), call.inout("counters", counters);
+  std::vector<lk_adapter> adapters;
+  for (const Tensor& A : lora_A) {
+    call.input("lora_A", A);
+    adapters.push_back(adapter(A, std::nullopt, 1, p, rng));
+  }
+  const lk_rows rows =
+      rows_of(call, order ? order->numel() : x.size(0), static_cast<int64_t>(adapters.size()), order, begins);
+  const lk_matrix from = matrix(x);
+  return call.end(lk_cuda_lora_shrink(&from, x.size(1), &rows, adapters.data(), h.mutable_data_ptr(),
+                                      h.stride(0), workspace.mutable_data_ptr(),
+                                      static_cast<uint32_t*>(counters.mutable_data_ptr()), call.stream()));
+}
+
+std::tuple<int64_t, int64_t> lora_shrink_scratch_cuda(const Tensor x, int64_t adapters, bool sorted,
+                                                      int64_t most_rank) {
+  Call call(x);
+  const lk_scratch scratch = lk_cuda_lora_shrink_scratch(x.size(0), adapters, sorted, x.size(1), most_rank);
+  return {scratch.workspace, scratch.counters};
+}
+
+int64_t lora_expand_cuda(const Tensor v, std::vector<Tensor> weights, std::vector<double> scaling,
+                         bool backward, bool add, double p, std::optional<Tensor> rng,
+                         std::optional<Tensor> order, std::optional<Tensor> begins, Tensor out) {
+  Call call(out);
+  if (!call.ready()) return LK_NO_STREAM;
+  call.input("v", v), call.input("rng", rng);
+  if (add) {
+    call.inout("out", out);
+  } else {
+    rows_output(call, "out", out, order);
+  }
+  std::vector<lk_adapter> adapters;
+  for (size_t a = 0; a < weights.size(); ++a) {
+    call.input("weights", weights[a]);
+    lk_adapter one = backward ? adapter(weights[a], std::nullopt, 1, p, rng)
+                              : adapter(std::nullopt, weights[a], scaling[a], 0, std::nullopt);
+    one.rank = weights[a].size(backward ? 0 : 1);
+    adapters.push_back(one);
+  }
+  const lk_rows rows =
+      rows_of(call, order ? order->numel() : v.size(0), static_cast<int64_t>(adapters.size()), order, begins);
+  const lk_matrix from = matrix(v);
+  return call.end(lk_cuda_lora_expand(&from, &rows, adapters.data(), backward, add, out.mutable_data_ptr(),
+                                      out.size(1), out.stride(0), call.stream()));
+}
+
+int64_t lora_linear_backward_dy_cuda(const Tensor dy, std::optional<Tensor> h, std::vector<Tensor> lora_B,
+                                     std::vector<double> scaling, std::optional<Tensor> order,
+                                     std::optional<Tensor> begins, std::optional<Tensor> g,
+                                     std::vector<Tensor> dB, std::optional<Tensor> dbias, Tensor workspace) {
+  Call call(dy);
+  if (!call.ready()) return LK_NO_STREAM;
+  call.input("dy", dy), call.input("h", h), call.output("dbias", dbias);
+  call.output("workspace", workspace);
+  if (g) rows_output(call, "g", *g, order);
+  std::vector<lk_adapter> adapters;
+  for (size_t a = 0; a < lora_B.size(); ++a) {
+    call.input("lora_B", lora_B[a]);
+    adapters.push_back(adapter(std::nullopt, lora_B[a], scaling[a], 0, std::nullopt));
+    adapters.back().rank = lora_B[a].size(1);
+  }
+  if (adapters.empty()) adapters.push_back(adapter(std::nullopt, std::nullopt, 1, 0, std::nullopt));
+  const std::vector<lk_matrix> gradients = outputs_of(call, "dB", dB);
+  const lk_rows rows = rows_of(call, order ? order->numel() : dy.size(0),
+                               static_cast<int64_t>(adapters.size()), order, begins);
+  const lk_matrix from = matrix(dy), low = matrix(h);
+  return call.end(lk_cuda_lora_linear_backward_dy(
+      &from, dy.size(1), &rows, adapters.data(), &low, g ? g->mutable_data_ptr() : nullptr,
+      g ? g->stride(0) : 0, gradients.empty() ? nullptr : gradients.data(),
+      dbias ? static_cast<float*>(dbias->mutable_data_ptr()) : nullptr, workspace.mutable_data_ptr(),
+      call.stream()));
+}
+
+int64_t lora_linear_backward_x_cuda(const Tensor x, const Tensor g, double p, std::optional<Tensor> rng,
+                                    std::optional<Tensor> order, std::optional<Tensor> begins,
+                                    std::vector<Tensor> dA, Tensor workspace) {
+  Call call(x);
+  if (!call.ready()) return LK_NO_STREAM;
+  call.input("x", x), call.input("g", g), call.input("rng", rng), call.output("workspace", workspace);
+  const std::vector<lk_matrix> gradients = outputs_of(call, "dA", dA);
+  std::vector<lk_adapter> adapters;
+  for (const Tensor& one : dA) {
+    adapters.push_back(adapter(std::nullopt, std::nullopt, 1, p, rng));
+    adapters.back().rank = one.numel() == 0 ? 0 : one.size(0);
+  }
+  const lk_rows rows =
+      rows_of(call, order ? order->numel() : x.size(0), static_cast<int64_t>(adapters.size()), order, begins);
+  const lk_matrix from = matrix(x), low = matrix(g);
+  return call.end(lk_cuda_lora_linear_backward_x(&from, x.size(1), &rows, adapters.data(), &low,
+                                                 gradients.data(), workspace.mutable_data_ptr(),
+                                                 call.stream()));
+}
+
+int64_t lora_linear_backward_sweep_workspace_cuda(const Tensor z, int64_t adapters, int64_t most_rank,
+                                                  int64_t g_stride) {
+  Call call(z);
+  return lk_cuda_lora_linear_backward_sweep_workspace(z.size(0), adapters, z.size(1), most_rank, g_stride);
+}
+
+int64_t lora_linear_backward_dx_cuda(const Tensor dy, const Tensor weight, std::optional<Tensor> absmax,
+                                     std::optional<Tensor> nested_absmax, std::optional<Tensor> offset,
+                                     int64_t blocksize, std::optional<Tensor> lora_A, std::optional<Tensor> g,
+                                     double p, std::optional<Tensor> rng, Tensor dx, Tensor workspace,
+                                     Tensor counters) {
+  Call call(dx);
+  if (!call.ready()) return LK_NO_STREAM;
+  call.input("dy", dy), call.input("weight", weight), call.input("absmax", absmax);
+  call.input("nested_absmax", nested_absmax), call.input("offset", offset), call.input("lora_A", lora_A);
+  call.input("g", g), call.input("rng", rng), call.output("dx", dx);
+  call.output("workspace", workspace), call.inout("counters", counters);
+  lk_nf4_weight nf4;
+  const lk_base_weight base =
+      base_weight(weight, absmax, nested_absmax, offset, blocksize, dy.size(1), dx.size(1), &nf4);
+  const lk_adapter lora = adapter(lora_A, std::nullopt, 1, p, rng);
+  const lk_matrix rows = matrix(dy);
+  return call.end(lk_cuda_lora_linear_backward_dx(
+      &rows, dy.size(0), &base, &lora, g ? g->const_data_ptr() : nullptr, dx.mutable_data_ptr(),
+      workspace.mutable_data_ptr(), static_cast<uint32_t*>(counters.mutable_data_ptr()), call.stream()));
+}
+
+std::tuple<int64_t, int64_t> lora_linear_backward_dx_scratch_cuda(const Tensor weight, int64_t tokens,
+                                                                  int64_t out_features, int64_t in_features) {
+  Call call(weight);
+  const lk_scratch scratch = lk_cuda_lora_linear_backward_dx_scratch(tokens, out_features, in_features);
+  return {scratch.workspace, scratch.counters};
+}
+
 template <class Library>
 void implement(Library& m) {
   m.impl("nf4_quantize.out", TORCH_BOX(&nf4_quantize_cuda));
@@ -231,6 +395,14 @@ void implement(Library& m) {
   m.impl("lora_linear_decode_scratch", TORCH_BOX(&lora_linear_decode_scratch_cuda));
   m.impl("lora_linear_mixed.out", TORCH_BOX(&lora_linear_mixed_cuda));
   m.impl("lora_linear_mixed_scratch", TORCH_BOX(&lora_linear_mixed_scratch_cuda));
+  m.impl("lora_shrink.out", TORCH_BOX(&lora_shrink_cuda));
+  m.impl("lora_shrink_scratch", TORCH_BOX(&lora_shrink_scratch_cuda));
+  m.impl("lora_expand.out", TORCH_BOX(&lora_expand_cuda));
+  m.impl("lora_linear_backward_dy.out", TORCH_BOX(&lora_linear_backward_dy_cuda));
+  m.impl("lora_linear_backward_x.out", TORCH_BOX(&lora_linear_backward_x_cuda));
+  m.impl("lora_linear_backward_sweep_workspace", TORCH_BOX(&lora_linear_backward_sweep_workspace_cuda));
+  m.impl("lora_linear_backward_dx.out", TORCH_BOX(&lora_linear_backward_dx_cuda));
+  m.impl("lora_linear_backward_dx_scratch", TORCH_BOX(&lora_linear_backward_dx_scratch_cuda));
 }
 
 }  // namespace

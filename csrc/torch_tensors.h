@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <vector>
 
 #include "api.h"
 
@@ -95,6 +96,32 @@ void define_out_overloads(Library& m) {
   m.def(
       "lora_linear_mixed_scratch(Tensor weight, int tokens, int out_features, int in_features, int rank) -> "
       "(int workspace, int counters)");
+  // Of the low-rank products: a list entry without elements is an output that is not wanted.
+  m.def(
+      "lora_shrink.out(Tensor x, Tensor[] lora_A, float p, Tensor? rng, Tensor? order, Tensor? begins, *, "
+      "Tensor(a!) h, Tensor(b!) workspace, Tensor(c!) counters) -> int");
+  m.def(
+      "lora_shrink_scratch(Tensor x, int adapters, bool sorted, int most_rank) -> (int workspace, int "
+      "counters)");
+  m.def(
+      "lora_expand.out(Tensor v, Tensor[] weights, float[] scaling, bool backward, bool add, float p, "
+      "Tensor? "
+      "rng, Tensor? order, Tensor? begins, *, Tensor(a!) out) -> int");
+  m.def(
+      "lora_linear_backward_dy.out(Tensor dy, Tensor? h, Tensor[] lora_B, float[] scaling, Tensor? order, "
+      "Tensor? begins, *, Tensor(a!)? g, Tensor(b!)[] dB, Tensor(c!)? dbias, Tensor(d!) workspace) -> int");
+  m.def(
+      "lora_linear_backward_x.out(Tensor x, Tensor g, float p, Tensor? rng, Tensor? order, Tensor? begins, "
+      "*, "
+      "Tensor(a!)[] dA, Tensor(b!) workspace) -> int");
+  m.def("lora_linear_backward_sweep_workspace(Tensor z, int adapters, int most_rank, int g_stride) -> int");
+  m.def(
+      "lora_linear_backward_dx.out(Tensor dy, Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? "
+      "offset, int blocksize, Tensor? lora_A, Tensor? g, float p, Tensor? rng, *, Tensor(a!) dx, Tensor(b!) "
+      "workspace, Tensor(c!) counters) -> int");
+  m.def(
+      "lora_linear_backward_dx_scratch(Tensor weight, int tokens, int out_features, int in_features) -> (int "
+      "workspace, int counters)");
 }
 
 }  // namespace lk::glue

@@ -11,8 +11,7 @@
 //
 // General kernel: a thread owns one element. Bytes: every element read and written once, so the floor is that
 // of a copy; a counter takes about 100 integer instructions, 12 to 25 an element.
-#include "../philox.h"
-#include "ptx.cuh"
+#include "dropout.cuh"
 
 namespace lk::cuda {
 namespace {
@@ -21,8 +20,7 @@ constexpr int kThreads = 256;
 
 struct Problem {
   int64_t n, first;
-  uint32_t threshold;
-  Global<const int64_t> rng;  // [2] (seed, offset)
+  Dropout dropout;
 };
 
 template <class T>
@@ -31,7 +29,7 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kElements = 16 / sizeof(T);
   const int64_t i = (blockIdx.x * int64_t{kThreads} + threadIdx.x) * kElements;
   if (i >= p.n) return;
-  const uint64_t seed = static_cast<uint64_t>(p.rng[0]), offset = static_cast<uint64_t>(p.rng[1]);
+  const Mask mask(p.dropout);
   const uint64_t counter = static_cast<uint64_t>(p.first + i) / 4;
   const bool whole = i + kElements <= p.n;
   uint4 bits = make_uint4(0, 0, 0, 0);
@@ -45,18 +43,11 @@ __global__ void __launch_bounds__(kThreads)
       word |= piece << place % 32;
     }
   }
-  const PhiloxWords low = philox4x32_10(counter, offset, seed);
-  const auto keep = [&](uint32_t word) { return word >= p.threshold; };
+  const uint32_t low = mask.kept4(counter);
   if constexpr (sizeof(T) == 4) {
-    bits = make_uint4(keep(low.w[0]) ? bits.x : 0, keep(low.w[1]) ? bits.y : 0, keep(low.w[2]) ? bits.z : 0,
-                      keep(low.w[3]) ? bits.w : 0);
+    bits = make_uint4(low & 1 ? bits.x : 0, low & 2 ? bits.y : 0, low & 4 ? bits.z : 0, low & 8 ? bits.w : 0);
   } else {
-    const PhiloxWords high = philox4x32_10(counter + 1, offset, seed);
-    const auto pair = [&](uint32_t two, uint32_t first, uint32_t second) {
-      return two & ((keep(first) ? 0xffffu : 0u) | (keep(second) ? 0xffff0000u : 0u));
-    };
-    bits = make_uint4(pair(bits.x, low.w[0], low.w[1]), pair(bits.y, low.w[2], low.w[3]),
-                      pair(bits.z, high.w[0], high.w[1]), pair(bits.w, high.w[2], high.w[3]));
+    bits = keep_eight(bits, low | mask.kept4(counter + 1) << 4);
   }
   if (whole) {
     cast<uint4>(out + i)[0] = bits;
@@ -75,11 +66,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x;
   if (i >= p.n) return;
   const uint64_t element = static_cast<uint64_t>(p.first + i);
-  const PhiloxWords words =
-      philox4x32_10(element / 4, static_cast<uint64_t>(p.rng[1]), static_cast<uint64_t>(p.rng[0]));
-  const int w = static_cast<int>(element % 4);
-  const uint32_t word = w == 0 ? words.w[0] : w == 1 ? words.w[1] : w == 2 ? words.w[2] : words.w[3];
-  out[i] = word >= p.threshold ? T{x[i]} : T{0};
+  out[i] = Mask(p.dropout).kept4(element / 4) >> element % 4 & 1 ? T{x[i]} : T{0};
 }
 
 // T: an unsigned integer of the dtype's size; only bits are moved.
@@ -100,7 +87,7 @@ int dropout(const Problem& p, const void* x, void* out, void* stream) {
 extern "C" int lk_cuda_lora_dropout(const void* x, int dtype, int64_t n, int64_t first, double p,
                                     const int64_t* rng, void* out, void* stream) {
   using namespace lk::cuda;
-  const Problem problem{n, first, lk::dropout_threshold(p), lk::Global<const int64_t>(rng)};
+  const Problem problem{n, first, {lk::Global<const int64_t>(rng), lk::dropout_threshold(p)}};
   switch (dtype) {
     case LK_F32: return dropout<uint32_t>(problem, x, out, stream);
     case LK_F16:

@@ -1,0 +1,241 @@
+// What the kernels of the low-rank products share: lora_shrink (h = dropout(x)·Aᵀ), lora_expand (y += s·h·Bᵀ,
+// dx += m⊙(g·A)) and lora_linear_backward_sweep (g, dA, dB, dbias). Each reads something of size T x K or T x
+// N once and is bound by that, so it brings tiles of it by cp.async and multiplies them by mma.m16n8k16 with
+// what has rank r.
+//
+//   rows       a tile holds 64 rows of one adapter: successive ones, or where several adapters share a call
+//              those that `order` names
+//   tile       [64 rows][128 columns] of a 16-bit type, 256 bytes a row; 16-byte pieces permuted so that
+//              ldmatrix reads eight rows without a conflict, either way round
+//   rank tile  [rows][8·kRankTiles ranks], permuted likewise
+#pragma once
+#include <algorithm>
+
+#include "dropout.cuh"
+#include "nf4.cuh"
+#include "tile.cuh"
+
+namespace lk::cuda {
+
+constexpr int kTileRows = 64, kTileCols = 128, kTileBytes = kTileRows * kTileCols * 2;
+constexpr int kMostAdapters = LK_MOST_ADAPTERS;
+
+// ---- operands ---------------------------------------------------------------------------------------------
+
+// A row-major matrix of any dtype with unit column stride.
+struct Matrix {
+  Global<const void> data;
+  int64_t stride;
+  int dtype;
+  bool aligned;  // rows start on 16 bytes
+};
+inline Matrix matrix_of(const void* data, int dtype, int64_t stride) {
+  const int64_t bytes = dtype == LK_F32 ? 4 : 2;
+  return {Global<const void>(data), stride, dtype,
+          reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * bytes % 16 == 0};
+}
+inline Matrix matrix_of(const lk_matrix& m) { return matrix_of(m.data, m.dtype, m.stride); }
+
+// Rows by adapter: those of adapter a are order[begins[a]], ..., order[begins[a + 1] - 1]. Without `order`
+// there is one adapter, and every row is its.
+struct Rows {
+  int64_t count;
+  Global<const int64_t> order, begins;
+  int adapters;
+
+  __device__ __forceinline__ int64_t operator[](int64_t i) const {
+    return order == nullptr ? i : int64_t{order[i]};
+  }
+  __device__ __forceinline__ int64_t begin(int adapter) const {
+    return order == nullptr ? 0 : int64_t{begins[adapter]};
+  }
+  __device__ __forceinline__ int64_t end(int adapter) const {
+    return order == nullptr ? count : int64_t{begins[adapter + 1]};
+  }
+};
+inline Rows rows_of(const lk_rows& r) {
+  return {r.count, Global<const int64_t>(r.order), Global<const int64_t>(r.begins),
+          static_cast<int>(r.adapters)};
+}
+// How many tiles a launch needs at most: each adapter's last one may hold few rows.
+inline int64_t most_tiles(int64_t rows, int64_t adapters, bool sorted) {
+  return (rows + kTileRows - 1) / kTileRows + (sorted ? adapters : 0);
+}
+
+inline int64_t most_rank(const lk_rows& rows, const lk_adapter* adapters) {
+  int64_t most = 0;
+  for (int64_t a = 0; a < rows.adapters; ++a) most = std::max(most, adapters[a].rank);
+  return most;
+}
+
+// Rows [begin, begin + count) in the order of `rows`, all of one adapter; count 0: no such tile.
+struct RowTile {
+  int adapter;
+  int64_t begin;
+  int count;
+};
+__device__ __forceinline__ RowTile row_tile(const Rows& rows, int64_t tile) {
+  for (int a = 0; a < rows.adapters; ++a) {
+    const int64_t begin = rows.begin(a), end = rows.end(a), tiles = (end - begin + kTileRows - 1) / kTileRows;
+    if (tile < tiles) {
+      const int64_t first = begin + tile * kTileRows;
+      return {a, first, static_cast<int>(end - first < kTileRows ? end - first : kTileRows)};
+    }
+    tile -= tiles;
+  }
+  return {0, 0, 0};
+}
+
+// ---- tiles in shared memory -------------------------------------------------------------------------------
+
+__device__ __forceinline__ int tile_place(int row, int piece) {
+  return row * 256 + 16 * swizzled(row, piece);
+}
+
+template <int kRankTiles>
+__device__ __forceinline__ int rank_place(int row, int piece) {
+  constexpr int kRowsOfALine = 8 / kRankTiles;
+  return row * 16 * kRankTiles + 16 * (piece ^ row / kRowsOfALine % kRankTiles);
+}
+
+// Elements [col, col + 8) of a row as T, zeros behind the first `there`, by loads: of any dtype, anywhere.
+// Not inlined, since it stands in loops whose usual way is another.
+template <int kDtype>
+__device__ __noinline__ uint4 load_piece(Matrix m, int64_t row, int64_t col, int there) {
+  uint32_t pairs[4];
+  if (m.dtype == LK_F32 && m.aligned && there == 8) {
+    const Global<const float4> from = cast<const float4>(cast<const float>(m.data) + (row * m.stride + col));
+#pragma unroll
+    for (int v = 0; v < 2; ++v) {
+      const float4 four = from[v];
+      pairs[2 * v] = round_pair<kDtype>(four.x, four.y),
+                pairs[2 * v + 1] = round_pair<kDtype>(four.z, four.w);
+    }
+  } else {
+#pragma unroll
+    for (int v = 0; v < 4; ++v) {
+      float two[2] = {};
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        if (2 * v + e < there) two[e] = load_float(m.data, m.dtype, row * m.stride + col + 2 * v + e);
+      }
+      pairs[v] = round_pair<kDtype>(two[0], two[1]);
+    }
+  }
+  return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+}
+
+// Starts a copy of elements [col, col + 8) of a row to 16 bytes of shared memory as T: the first `there` of
+// them, zeros behind. By cp.async where the matrix allows it.
+template <int kDtype>
+__device__ __forceinline__ void start_piece(Shared<char> to, const Matrix& m, int64_t row, int64_t col,
+                                            int there) {
+  if (m.dtype == kDtype && m.aligned) {
+    const int64_t at = there > 0 ? row * m.stride + col : 0;
+    ptx::cp_async<16>(to, cast<const uint16_t>(m.data) + at, 2 * there);
+  } else {
+    cast<uint4>(to)[0] = load_piece<kDtype>(m, row, col, there);
+  }
+}
+
+__device__ __forceinline__ int clamped(int64_t left, int most) {
+  return left < 0 ? 0 : left < most ? static_cast<int>(left) : most;
+}
+
+// A tile of z: rows tile.begin + first + [0, kTileRows) of `rows` up to `count` of them, columns from col.
+template <int kDtype, int kThreads>
+__device__ __forceinline__ void start_tile(Shared<char> to, const Matrix& z, const Rows& rows, int64_t begin,
+                                           int count, int64_t col, int64_t col_end, int thread) {
+#pragma unroll 4
+  for (int id = thread; id < kTileRows * 16; id += kThreads) {
+    const int row = id / 16, piece = id % 16;
+    const int there = row < count ? clamped(col_end - col - 8 * piece, 8) : 0;
+    start_piece<kDtype>(to + tile_place(row, piece), z, there > 0 ? rows[begin + row] : 0, col + 8 * piece,
+                        there);
+  }
+}
+
+// Applies the mask to what this thread's own start_tile brought; call it when those copies are done.
+template <int kThreads>
+__device__ __forceinline__ void mask_tile(Shared<char> tile, const Mask& mask, const Rows& rows,
+                                          int64_t begin, int count, int64_t col, int64_t col_end,
+                                          int64_t cols, int thread) {
+#pragma unroll 1  // twenty or thirty rounds of Philox each are enough to hide a latency
+  for (int id = thread; id < kTileRows * 16; id += kThreads) {
+    const int row = id / 16, piece = id % 16;
+    if (row >= count || col + 8 * piece >= col_end) continue;
+    const Shared<uint4> at = cast<uint4>(tile + tile_place(row, piece));
+    const int64_t first = rows[begin + row] * cols + col + 8 * piece;
+    at[0] = keep_eight(at[0], mask.kept8(static_cast<uint64_t>(first)));
+  }
+}
+
+// A rank tile: `count` rows of v from `begin` on (of `rows`, or successive), ranks from `rank` on.
+template <int kDtype, int kRankTiles, int kThreads, class RowOf>
+__device__ __forceinline__ void start_rank_tile(Shared<char> to, const Matrix& v, RowOf row_of, int count,
+                                                int total, int64_t rank, int64_t rank_end, int thread) {
+  for (int id = thread; id < total * kRankTiles; id += kThreads) {
+    const int row = id / kRankTiles, piece = id % kRankTiles;
+    const int there = row < count ? clamped(rank_end - rank - 8 * piece, 8) : 0;
+    start_piece<kDtype>(to + rank_place<kRankTiles>(row, piece), v, there > 0 ? row_of(row) : 0,
+                        rank + 8 * piece, there);
+  }
+}
+
+// ---- fragments
+// ---------------------------------------------------------------------------------------------
+//
+// Each ldmatrix_x4 below brings a fragment a of m16k16, or the fragments b of two n8 tiles of k16.
+
+// a = rows [row, +16) x columns [8·piece, +16) of a tile.
+__device__ __forceinline__ void load_a(uint32_t (&a)[4], Shared<const char> tile, int row, int piece,
+                                       int lane) {
+  ptx::ldmatrix_x4(a, tile + tile_place(row + lane % 16, piece + lane / 16));
+}
+// a = transpose of rows [row, +16) x columns [8·piece, +16) of a tile: m runs over columns, k over rows.
+__device__ __forceinline__ void load_a_trans(uint32_t (&a)[4], Shared<const char> tile, int row, int piece,
+                                             int lane) {
+  ptx::ldmatrix_x4_trans(a, tile + tile_place(row + lane % 8 + lane / 16 * 8, piece + lane / 8 % 2));
+}
+// b of rank tiles 2·pair and 2·pair + 1, k over rows [row, +16) of a rank tile.
+template <int kRankTiles>
+__device__ __forceinline__ void load_b_ranks(uint32_t (&b)[4], Shared<const char> v, int row, int pair,
+                                             int lane) {
+  ptx::ldmatrix_x4_trans(b, v + rank_place<kRankTiles>(row + lane % 16, 2 * pair + lane / 16));
+}
+// b of rows [row, +8) and [row + 8, +8) of a tile, k over columns [8·piece, +16).
+__device__ __forceinline__ void load_b(uint32_t (&b)[4], Shared<const char> tile, int row, int piece,
+                                       int lane) {
+  ptx::ldmatrix_x4(b, tile + tile_place(row + lane % 8 + lane / 16 * 8, piece + lane / 8 % 2));
+}
+
+// The sum of `count` partial sums of four neighbours, `stride` floats apart, in their order; eight of them on
+// their way at a time.
+__device__ __forceinline__ float4 add_partial(Global<const float> first, int64_t stride, int count) {
+  float4 sum = make_float4(0, 0, 0, 0);
+  for (int s = 0; s < count; s += 8) {
+    float4 four[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (s + i < count) four[i] = cast<const float4>(first + (s + i) * stride)[0];
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (s + i < count) {
+        sum = make_float4(sum.x + four[i].x, sum.y + four[i].y, sum.z + four[i].z, sum.w + four[i].w);
+      }
+    }
+  }
+  return sum;
+}
+
+// A number as the output's dtype.
+__device__ __forceinline__ void store_float(Global<void> p, int dtype, int64_t i, float value) {
+  if (dtype == LK_F32) {
+    cast<float>(p)[i] = value;
+  } else {
+    cast<uint16_t>(p)[i] = dtype == LK_BF16 ? ptx::cvt_rn_bf16(value) : ptx::cvt_rn_f16(value);
+  }
+}
+
+}  // namespace lk::cuda
