@@ -21,10 +21,15 @@ PANEL_BYTES = 8 << 20
 
 
 class Kernels(NamedTuple):
-    """What a backend brings: `nf4_dequantize(base, row, col, out)`, `lora_dropout(x, p, rng, first, out)`."""
+    """What a backend brings: `nf4_dequantize(base, row, col, out)`, `lora_dropout(x, p, rng, first, out)`.
+
+    `start_shrink(x, lora_A, p, rng, h)` starts on h [T, r] = dropout(x)·Aᵀ, perhaps beside what follows; h is
+    there when what it returns has been called. Without one, torch's GEMM is used.
+    """
 
     nf4_dequantize: Callable[[BaseWeight, int, int, Tensor], None]
     lora_dropout: Callable[[Tensor, float, Tensor, int, Tensor], None]
+    start_shrink: Callable[[Tensor, Tensor, float, Tensor | None, Tensor], Callable[[], None]] | None = None
 
 
 def bind(function: Callable[..., None], kernels: Kernels) -> Callable[..., None]:
@@ -107,11 +112,18 @@ def lora_linear(
     y: Tensor,  # [T, N]
     h: Tensor,  # [T, r]
 ) -> None:
+    finish_shrink = None
     if lora_A is not None:
         b = lora_B.to(x.dtype)
-        shrink(kernels, x, lora_A, dropout_p, rng, h)
+        if kernels.start_shrink is None:
+            shrink(kernels, x, lora_A, dropout_p, rng, h)
+        else:
+            finish_shrink = kernels.start_shrink(x, lora_A, dropout_p, rng, h)
     s = scaling / (1 - dropout_p)
     for n0, n1, panel in row_panels(kernels, base, x.dtype):
+        if finish_shrink is not None:  # the first panel has been decoded beside it
+            finish_shrink()
+            finish_shrink = None
         out = y[:, n0:n1]
         start = None if bias is None else bias[n0:n1].to(x.dtype)
         if lora_A is not None:
@@ -180,12 +192,17 @@ def lora_linear_backward(
             torch.mm(g, lora_A.to(dy.dtype), out=dx)
             if dropout_p > 0:
                 kernels.lora_dropout(dx, dropout_p, rng, 0, dx)
-        for k0, k1, slab in _column_slabs(kernels, base, dy.dtype):
-            out = dx[:, k0:k1]
-            if g is None:
-                torch.mm(dy, slab, out=out)
-            else:
-                out.addmm_(dy, slab)
+        base_gradient(kernels, dy, base, dx, add=g is not None)
+
+
+def base_gradient(kernels: Kernels, dy: Tensor, base: BaseWeight, dx: Tensor, add: bool) -> None:
+    """dx [T, K] = dy·W0, on top of what it holds where `add`."""
+    for k0, k1, slab in _column_slabs(kernels, base, dy.dtype):
+        out = dx[:, k0:k1]
+        if add:
+            out.addmm_(dy, slab)
+        else:
+            torch.mm(dy, slab, out=out)
 
 
 def explain(base: BaseWeight, dtype: torch.dtype, decoder: str) -> list[str]:

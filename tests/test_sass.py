@@ -264,6 +264,74 @@ def test_a_weight_pair_costs_one_prmt_and_one_lds():
         assert sum(i.kind == "LDS" and not i.predicate for i in body) <= (64 + 4 * 6) * chunks, str(kernel)
 
 
+# ---- the kernels of training -------------------------------------------------------------------------------
+
+TRAINING = {  # kernel -> instances for each architecture: dtypes x shapes
+    "lora_linear_mixed": 2 * 2 * 3,  # NF4 or dense, tokens of a tile
+    "lora_shrink": 2 * 2,  # ranks of a tile
+    "lora_expand": 2 * 2,  # forward, backward
+    "lora_linear_backward_sweep": 2 * 3 * 2,  # ranks of a tile, with dbias
+    "lora_linear_backward_dx": 2 * 2 * 3,
+}
+
+
+def dx_kernels(nf4: bool, tokens: int) -> list[Kernel]:
+    return named("23lora_linear_backward_dx", f"Lb{int(nf4)}ELi{tokens}E")
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_the_training_kernels_multiply_on_tensor_cores_and_copy_16_bytes_at_a_time(name):
+    """Products with fp32 sums of the instance's dtype, operands by ldmatrix or wide loads, and cp.async."""
+    found = named(f"{len(name)}{name}I")
+    assert len(found) == TRAINING[name] * len(ARCHS)
+    for kernel in found:
+        bf16 = f"{name}ILi2E" in kernel.name
+        products = {i.opcode for i in kernel.code if i.kind == "HMMA"}
+        assert products == {"HMMA.16816.F32.BF16" if bf16 else "HMMA.16816.F32"}, str(kernel)
+        copies = {i.opcode for i in kernel.code if i.kind == "LDGSTS"}
+        assert copies and all("BYPASS.128" in opcode for opcode in copies), f"{kernel}: {copies}"
+        reads = {i.opcode for i in kernel.code if i.kind in ("LDSM", "LDS")}
+        assert any(".M88.4" in opcode or opcode == "LDS.128" for opcode in reads), f"{kernel}: {reads}"
+
+
+def test_the_sweeps_read_their_tile_both_ways_round_by_ldmatrix():
+    for kernel in named("26lora_linear_backward_sweepI"):
+        reads = {i.opcode for i in kernel.code if i.kind == "LDSM"}
+        assert reads == {"LDSM.16.M88.4", "LDSM.16.MT88.4"}, f"{kernel}: {reads}"
+
+
+def loop_of_products(kernel: Kernel) -> list[Instruction]:
+    """The innermost loop with HMMA in it."""
+    found = [body for body in loops(kernel.code) if any(i.kind == "HMMA" for i in body)]
+    assert found, f"{kernel}: no loop with HMMA"
+    return min(found, key=len)
+
+
+@pytest.mark.parametrize("tokens", [16, 32, 64])
+def test_a_weight_of_dx_costs_one_multiplication_and_half_a_load(tokens):
+    """A lane decodes 32 weights for each 32 rows: 16 pairs by LDS.64, 32 FMUL, 16 conversions to a pair."""
+    for kernel in dx_kernels(nf4=True, tokens=tokens):
+        bodies = [
+            body
+            for body in loops(kernel.code)
+            if sum(i.kind == "HMMA" for i in body) == tokens // 8 * 4
+            and any(i.opcode == "LDS.64" for i in body)
+        ]
+        assert bodies, f"{kernel}: no loop that decodes and multiplies"
+        body = min(bodies, key=len)
+        assert sum(i.opcode == "LDS.64" for i in body) == 16, str(kernel)
+        assert 32 <= sum(i.kind == "FMUL" for i in body) <= 36, str(kernel)  # and a scale's own
+
+
+def test_a_dense_dx_pairs_rows_by_prmt():
+    for tokens in (16, 32, 64):
+        for kernel in dx_kernels(nf4=False, tokens=tokens):
+            assert sum(i.kind == "PRMT" for i in kernel.code) >= 16, str(kernel)
+            assert not any(i.kind == "FMUL" and "@" not in i.predicate for i in loop_of_products(kernel)), (
+                str(kernel)
+            )
+
+
 # ---- nf4_dequantize ----------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """The CUDA backend: fused kernels where there are some, else panels around torch's GEMM."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -8,7 +9,13 @@ from torch import Tensor
 
 from lora_kernels import composed, panels
 from lora_kernels.backends import native
-from lora_kernels.backends.cuda_launchers import MOST_DECODE_TOKENS, MOST_FUSED_RANK, CudaLaunchers
+from lora_kernels.backends.cuda_launchers import (
+    MOST_ADAPTERS,
+    MOST_DECODE_TOKENS,
+    MOST_FUSED_RANK,
+    CudaLaunchers,
+    SortedRows,
+)
 from lora_kernels.base_weight import BaseWeight
 
 __all__ = [
@@ -44,6 +51,12 @@ CROSSOVERS = (
         "model, not measured: decoding in the loop at a share e of the GEMM's rate beats decoding once below "
         "231 e / (1 - e) tokens, and e = 0.7 is hoped for",
     ),
+    Crossover(
+        "lora_linear_backward",
+        "lora_linear_backward_dx",
+        256,
+        "model, not measured: as the forward's, with e = 0.55, since a weight takes twice the instructions",
+    ),
 )
 
 
@@ -52,11 +65,9 @@ class CudaBackend:
 
     def __init__(self, launchers: CudaLaunchers, archs: str) -> None:
         self._launchers, self._archs = launchers, archs
-        self._panels = panels.Kernels(nf4_dequantize=self.nf4_dequantize, lora_dropout=self.lora_dropout)
-        self.lora_linear_backward = panels.bind(panels.lora_linear_backward, self._panels)
+        self._panels = panels.Kernels(self.nf4_dequantize, self.lora_dropout, self._start_shrink)
         kernels = composed.Kernels(self.lora_linear, self.lora_linear_backward, self._panels)
-        self.lora_linear_batched = functools.partial(composed.lora_linear_batched, kernels)
-        self.lora_linear_batched_backward = functools.partial(composed.lora_linear_batched_backward, kernels)
+        self._composed = kernels
         self.dora_linear = functools.partial(composed.dora_linear, kernels)
         self.dora_linear_backward = functools.partial(composed.dora_linear_backward, kernels)
 
@@ -102,7 +113,8 @@ class CudaBackend:
         h: Tensor,
     ) -> None:
         self._check_built()
-        kernel, _ = self._kernel(base, x.shape[0], x.dtype, h.shape[1], lora_A, lora_B, bias)
+        others = (lora_A, lora_B, bias)
+        kernel, _ = self._kernel("lora_linear", base, x.shape[0], x.dtype, h.shape[1], *others)
         if kernel == "panels":
             arguments = (x, base, lora_A, lora_B, scaling, bias, dropout_p, rng, y, h)
             panels.lora_linear(self._panels, *arguments)
@@ -111,36 +123,200 @@ class CudaBackend:
         else:
             h_given = lora_A is not None and (dropout_p > 0 or h.shape[1] > MOST_FUSED_RANK)
             if h_given:
-                panels.shrink(self._panels, x, lora_A, dropout_p, rng, h)
+                self._launchers.lora_shrink(x, [lora_A], dropout_p, rng, h)
             arguments = (x, base, lora_A, lora_B, scaling / (1 - dropout_p), bias, y, h, h_given)
             self._launchers.lora_linear_mixed(*arguments)
 
+    def _start_shrink(
+        self, x: Tensor, lora_A: Tensor, dropout_p: float, rng: Tensor | None, h: Tensor
+    ) -> Callable[[], None]:
+        """h beside what follows on the current stream, on a stream of its own; wait for it by calling."""
+        if self._launchers.why_not_low_rank(x.dtype, lora_A) is not None:
+            panels.shrink(self._panels, x, lora_A, dropout_p, rng, h)
+            return _nothing
+        if x.device.type != "cuda":
+            self._launchers.lora_shrink(x, [lora_A], dropout_p, rng, h)
+            return _nothing
+        current, beside = torch.cuda.current_stream(x.device), _second_stream(x.device)
+        beside.wait_stream(current)
+        with torch.cuda.stream(beside):
+            # Whole pieces of A are copied as they are only in x's dtype; a cast costs less than loads do.
+            self._launchers.lora_shrink(x, [lora_A.to(x.dtype)], dropout_p, rng, h)
+        return lambda: current.wait_stream(beside)
+
+    def lora_linear_backward(
+        self,
+        dy: Tensor,
+        x: Tensor | None,
+        h: Tensor | None,
+        base: BaseWeight,
+        lora_A: Tensor | None,
+        lora_B: Tensor | None,
+        scaling: float,
+        dropout_p: float,
+        rng: Tensor | None,
+        dx: Tensor | None,
+        dA: Tensor | None,
+        dB: Tensor | None,
+        dbias: Tensor | None,
+    ) -> None:
+        """One sweep over dy, one over x, and dx on top of what they have in common: g."""
+        self._check_built()
+        if self._launchers.why_not_low_rank(dy.dtype, lora_A, lora_B) is not None:
+            arguments = (dy, x, h, base, lora_A, lora_B, scaling, dropout_p, rng, dx, dA, dB, dbias)
+            panels.lora_linear_backward(self._panels, *arguments)
+            return
+        g = None
+        if lora_A is not None and lora_A.shape[0] > 0 and (dx is not None or dA is not None):
+            g = dy.new_empty(dy.shape[0], lora_A.shape[0])
+        if g is not None or dB is not None or dbias is not None:
+            adapters = ([], []) if lora_B is None else ([lora_B], [scaling / (1 - dropout_p)])
+            self._launchers.lora_linear_backward_dy(
+                dy, h if dB is not None else None, *adapters, g, [] if dB is None else [dB], dbias
+            )
+        if dA is not None and g is not None:
+            self._launchers.lora_linear_backward_x(x, g, dropout_p, rng, [dA])
+        if dx is None:
+            return
+        kernel, _ = self._kernel("lora_linear_backward", base, dy.shape[0], dy.dtype, 0, lora_A)
+        if kernel != "panels":
+            self._launchers.lora_linear_backward_dx(dy, base, lora_A, g, dropout_p, rng, dx)
+            return
+        if g is not None and dropout_p > 0:  # masked as it is written
+            self._launchers.lora_expand_backward(g, [lora_A], dropout_p, rng, dx, add=False)
+        elif g is not None:
+            torch.mm(g, lora_A.to(dy.dtype), out=dx)
+        panels.base_gradient(self._panels, dy, base, dx, add=g is not None)
+
+    def lora_linear_batched(
+        self,
+        x: Tensor,
+        base: BaseWeight,
+        lora_A: list[Tensor],
+        lora_B: list[Tensor],
+        scaling: list[float],
+        adapter_index: Tensor,
+        bias: Tensor | None,
+        dropout_p: float,
+        rng: Tensor | None,
+        y: Tensor,
+        h: Tensor,
+    ) -> None:
+        """The base product of all rows, then each adapter's term on its own rows: two launches more."""
+        self._check_built()
+        arguments = (x, base, lora_A, lora_B, scaling, adapter_index, bias, dropout_p, rng, y, h)
+        if self._launchers.why_not_low_rank(x.dtype, *lora_A, *lora_B) is not None:
+            composed.lora_linear_batched(self._composed, *arguments)
+            return
+        self.lora_linear(x, base, None, None, 1.0, bias, 0.0, None, y, x.new_empty(x.shape[0], 0))
+        h.zero_()
+        for some, rows in _sorted_rows(adapter_index, len(lora_A)):
+            if all(a.shape[0] == 0 for a in lora_A[some]):
+                continue
+            keep = [s / (1 - dropout_p) for s in scaling[some]]
+            self._launchers.lora_shrink(x, lora_A[some], dropout_p, rng, h, rows)
+            self._launchers.lora_expand_forward(h, lora_B[some], keep, y, add=True, rows=rows)
+
+    def lora_linear_batched_backward(
+        self,
+        dy: Tensor,
+        x: Tensor | None,
+        h: Tensor | None,
+        base: BaseWeight,
+        lora_A: list[Tensor],
+        lora_B: list[Tensor],
+        scaling: list[float],
+        adapter_index: Tensor,
+        dropout_p: float,
+        rng: Tensor | None,
+        dx: Tensor | None,
+        dA: list[Tensor | None],
+        dB: list[Tensor | None],
+        dbias: Tensor | None,
+    ) -> None:
+        self._check_built()
+        if self._launchers.why_not_low_rank(dy.dtype, *lora_A, *lora_B) is not None:
+            arguments = (dy, x, h, base, lora_A, lora_B, scaling, adapter_index, dropout_p, rng)
+            composed.lora_linear_batched_backward(self._composed, *arguments, dx, dA, dB, dbias)
+            return
+        nothing = (None, None, 1.0, 0.0, None)
+        if dx is not None or dbias is not None:
+            self.lora_linear_backward(dy, None, None, base, *nothing, dx, None, None, dbias)
+        wanted = [out is not None for out in dA]
+        for some, rows in _sorted_rows(adapter_index, len(lora_A)):
+            rank = max(a.shape[0] for a in lora_A[some])
+            if rank == 0:
+                continue
+            g = dy.new_empty(dy.shape[0], rank) if dx is not None or any(wanted[some]) else None
+            keep = [s / (1 - dropout_p) for s in scaling[some]]
+            need_dB = any(out is not None for out in dB[some])
+            if g is not None or need_dB:
+                self._launchers.lora_linear_backward_dy(
+                    *(dy, h if need_dB else None, lora_B[some], keep, g),
+                    *(dB[some] if need_dB else [], None, rows),
+                )
+            if any(wanted[some]):
+                self._launchers.lora_linear_backward_x(x, g, dropout_p, rng, dA[some], rows)
+            if dx is not None:
+                self._launchers.lora_expand_backward(g, lora_A[some], dropout_p, rng, dx, add=True, rows=rows)
+
     def _kernel(
-        self, base: BaseWeight, tokens: int, dtype: torch.dtype, rank: int, *others: Tensor | None
+        self, op: str, base: BaseWeight, tokens: int, dtype: torch.dtype, rank: int, *others: Tensor | None
     ) -> tuple[str, str]:
-        """The kernel of lora_linear without dropout, or "panels", and why."""
+        """The kernel that multiplies by W0 in `op`, without dropout, or "panels", and why."""
         reason = self._launchers.why_not_fused(base, dtype, rank, *others)
         if reason is not None:
             return "panels", reason
-        for crossover in CROSSOVERS:
+        rows = [crossover for crossover in CROSSOVERS if crossover.op == op]
+        for crossover in rows:
             if tokens <= crossover.tokens:
                 return crossover.kernel, f"up to {crossover.tokens} tokens: {crossover.why}"
-        return "panels", f"more than {CROSSOVERS[-1].tokens} tokens: {CROSSOVERS[-1].why}"
+        return "panels", f"more than {rows[-1].tokens} tokens: {rows[-1].why}"
 
     def explain(self, base: BaseWeight, tokens: int, dtype: torch.dtype) -> list[str]:
         lines = panels.explain(base, dtype, decoder=f"CUDA nf4_dequantize ({self._archs or 'not built'})")
         if not self._archs:
             return lines
-        kernel, why = self._kernel(base, tokens, dtype, 16)
-        if kernel == "panels":
-            return [*lines, f"why: {why}"]
-        clustered = self._launchers.clustered(base.data.device) and kernel == "lora_linear_decode"
-        lines[0] = (
-            f"forward: CUDA {kernel}: one launch, W0 decoded in registers for all tokens, slices of K added "
-            f"{'in a cluster' if clustered else 'through global memory'}; with dropout: lora_linear_mixed, "
-            "and h from CUDA lora_dropout and torch's GEMM"
-        )
-        return [*lines, f"why: {why}"]
+        kernel, why = self._kernel("lora_linear", base, tokens, dtype, 16)
+        whys = [f"why: {why}"]
+        if kernel != "panels":
+            clustered = self._launchers.clustered(base.data.device) and kernel == "lora_linear_decode"
+            lines[0] = (
+                f"forward: CUDA {kernel}: one launch, W0 decoded in registers for all tokens, slices of K "
+                f"added {'in a cluster' if clustered else 'through global memory'}; with dropout: "
+                "lora_linear_mixed, and h from lora_shrink, which draws the mask as it reads x"
+            )
+        kernel, why = self._kernel("lora_linear_backward", base, tokens, dtype, 0)
+        if kernel != "panels":
+            lines[1] = (
+                f"backward (dx): CUDA {kernel}: one launch, W0 decoded in registers, the adapter's term and "
+                "its mask in the same sums"
+            )
+            whys.append(f"why (backward): {why}")
+        if self._launchers.why_not_low_rank(dtype) is None:
+            lines.append(
+                "gradients: CUDA lora_linear_backward_sweep: one sweep over dy for g, dB and dbias, one over "
+                "x for dA, the mask drawn again"
+            )
+        return [*lines, *whys]
+
+
+def _nothing() -> None:
+    pass
+
+
+@functools.cache
+def _second_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _sorted_rows(adapter_index: Tensor, adapters: int) -> list[tuple[slice, SortedRows]]:
+    """The rows of every adapter, ascending, for as many adapters at a time as a launch takes: one sort."""
+    index, order = torch.sort(adapter_index, stable=True)
+    edges = torch.arange(adapters + 1, device=index.device)
+    begins = torch.searchsorted(index, edges)
+    pieces = [slice(a, min(a + MOST_ADAPTERS, adapters)) for a in range(0, adapters, MOST_ADAPTERS)]
+    return [(some, SortedRows(order, begins[some.start : some.stop + 1])) for some in pieces]
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """The CUDA launchers of one library: those of `_C`, or in the tests those of the host stand-in."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,17 @@ MOST_DECODE_TOKENS = 8
 MOST_FUSED_RANK = 16  # h beside y in lora_linear_mixed
 _QUANTIZE_SCRATCH = 2 + 256
 """int64 elements: whether a NaN or an infinity was met, a counter, LK_NF4_PARTIAL_SUMS of csrc/api.h."""
+
+
+MOST_ADAPTERS = 64
+"""Of one launch: LK_MOST_ADAPTERS of csrc/api.h."""
+
+
+class SortedRows(NamedTuple):
+    """Rows by adapter: those of adapter a are order[begins[a] : begins[a + 1]]."""
+
+    order: Tensor  # int64 [T]
+    begins: Tensor  # int64 [adapters + 1]
 
 
 class CudaLaunchers:
@@ -33,6 +45,12 @@ class CudaLaunchers:
         self._decode_scratch = ops.lora_linear_decode_scratch.default
         self._mixed, self._mixed_scratch = ops.lora_linear_mixed.out, ops.lora_linear_mixed_scratch.default
         self._lora_dropout = ops.lora_dropout.out
+        self._shrink, self._shrink_scratch = ops.lora_shrink.out, ops.lora_shrink_scratch.default
+        self._expand = ops.lora_expand.out
+        self._backward_dy, self._backward_x = ops.lora_linear_backward_dy.out, ops.lora_linear_backward_x.out
+        self._sweep_workspace = ops.lora_linear_backward_sweep_workspace.default
+        self._backward_dx = ops.lora_linear_backward_dx.out
+        self._backward_dx_scratch = ops.lora_linear_backward_dx_scratch.default
         self._capability, self._failure = capability, failure
         # Of the kernels whose blocks meet at a counter: zero between launches, so one set serves every launch
         # on a stream, and no two streams may share one.
@@ -152,6 +170,132 @@ class CudaLaunchers:
             counters=self._counters_for(x.device, counters),
         )
         raise_for(status, "lora_linear_mixed", "x", x.dtype, self._failure)
+
+    def why_not_low_rank(self, dtype: torch.dtype, *others: Tensor | None) -> str | None:
+        """Why the kernels of the low-rank products do not take a call; None where they do."""
+        if dtype not in _16_BIT:
+            return f"{dtype} is not a 16-bit type"
+        if any(t is not None and t.dtype not in _COMPILED for t in others):
+            return "an adapter in float64"
+        return None
+
+    def lora_shrink(
+        self,
+        x: Tensor,
+        lora_A: Sequence[Tensor],
+        dropout_p: float,
+        rng: Tensor | None,
+        h: Tensor,
+        rows: SortedRows | None = None,
+    ) -> None:
+        """h [T, r] = dropout(x)·Aᵀ, of one adapter, or of at most MOST_ADAPTERS with rows of their own."""
+        rank = max(a.shape[0] for a in lora_A)
+        workspace, counters = self._shrink_scratch(x, len(lora_A), rows is not None, rank)
+        status = self._shrink(
+            *(x, [unit_columns(a) for a in lora_A], dropout_p, rng if dropout_p > 0 else None),
+            *(rows or (None, None)),
+            h=h,
+            workspace=x.new_empty(workspace, dtype=torch.uint8),
+            counters=self._counters_for(x.device, counters),
+        )
+        raise_for(status, "lora_shrink", "x", x.dtype, self._failure)
+
+    def lora_expand_forward(
+        self,
+        h: Tensor,
+        lora_B: Sequence[Tensor],
+        scaling: Sequence[float],
+        y: Tensor,
+        add: bool,
+        rows: SortedRows | None = None,
+    ) -> None:
+        """y [T, N] (+)= scaling·h·Bᵀ."""
+        arguments = (h, [unit_columns(b) for b in lora_B], list(scaling), False, add, 0.0, None)
+        status = self._expand(*arguments, *(rows or (None, None)), out=y)
+        raise_for(status, "lora_expand", "h", h.dtype, self._failure)
+
+    def lora_expand_backward(
+        self,
+        g: Tensor,
+        lora_A: Sequence[Tensor],
+        dropout_p: float,
+        rng: Tensor | None,
+        dx: Tensor,
+        add: bool,
+        rows: SortedRows | None = None,
+    ) -> None:
+        """dx [T, K] (+)= m⊙(g·A)."""
+        rng = rng if dropout_p > 0 else None
+        arguments = (g, [unit_columns(a) for a in lora_A], [], True, add, dropout_p, rng)
+        status = self._expand(*arguments, *(rows or (None, None)), out=dx)
+        raise_for(status, "lora_expand", "g", g.dtype, self._failure)
+
+    def lora_linear_backward_dy(
+        self,
+        dy: Tensor,
+        h: Tensor | None,
+        lora_B: Sequence[Tensor],
+        scaling: Sequence[float],
+        g: Tensor | None,
+        dB: Sequence[Tensor | None],
+        dbias: Tensor | None,
+        rows: SortedRows | None = None,
+    ) -> None:
+        """One sweep over dy: g = scaling·dy·B, dB = scaling·dyᵀ·h, dbias; what is None is not computed."""
+        rank = max((b.shape[1] for b in lora_B), default=0)
+        g_stride = 0 if g is None else g.stride(0)
+        workspace = self._sweep_workspace(dy, max(len(lora_B), 1), rank, g_stride)
+        status = self._backward_dy(
+            *(dy, h, [unit_columns(b) for b in lora_B], list(scaling)),
+            *(rows or (None, None)),
+            g=g,
+            dB=[dy.new_empty(0) if out is None else out for out in dB],
+            dbias=dbias,
+            workspace=dy.new_empty(workspace, dtype=torch.uint8),
+        )
+        raise_for(status, "lora_linear_backward_dy", "dy", dy.dtype, self._failure)
+
+    def lora_linear_backward_x(
+        self,
+        x: Tensor,
+        g: Tensor,
+        dropout_p: float,
+        rng: Tensor | None,
+        dA: Sequence[Tensor | None],
+        rows: SortedRows | None = None,
+    ) -> None:
+        """One sweep over x: dA [r, K] = gᵀ·dropout(x)."""
+        rank = max((out.shape[0] for out in dA if out is not None), default=0)
+        workspace = self._sweep_workspace(x, len(dA), rank, 0)
+        status = self._backward_x(
+            *(x, g, dropout_p, rng if dropout_p > 0 else None),
+            *(rows or (None, None)),
+            dA=[x.new_empty(0) if out is None else out for out in dA],
+            workspace=x.new_empty(workspace, dtype=torch.uint8),
+        )
+        raise_for(status, "lora_linear_backward_x", "x", x.dtype, self._failure)
+
+    def lora_linear_backward_dx(
+        self,
+        dy: Tensor,
+        base: BaseWeight,
+        lora_A: Tensor | None,
+        g: Tensor | None,
+        dropout_p: float,
+        rng: Tensor | None,
+        dx: Tensor,
+    ) -> None:
+        """dx [T, K] = dy·W0 + m⊙(g·A) in one launch; g None: without the adapter."""
+        sizes = (dy.shape[0], base.out_features, base.in_features)
+        workspace, counters = self._backward_dx_scratch(base.data, *sizes)
+        status = self._backward_dx(
+            *(dy, unit_columns(base.data), base.absmax, base.nested_absmax, base.offset, base.blocksize),
+            *(None if g is None else unit_columns(lora_A), g, dropout_p, rng if dropout_p > 0 else None),
+            dx=dx,
+            workspace=dy.new_empty(workspace, dtype=torch.uint8),
+            counters=self._counters_for(dy.device, counters),
+        )
+        raise_for(status, "lora_linear_backward_dx", "dy", dy.dtype, self._failure)
 
     def lora_dropout(self, x: Tensor, p: float, rng: Tensor, first: int, out: Tensor) -> None:
         """Contiguous x, whose first element is number `first` of the whole input -> out, or in place."""

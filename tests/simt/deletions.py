@@ -85,6 +85,149 @@ MASKS = (
     Deletion("lora_dropout.cu", "if (i >= p.n) return;", "", 0),
     Deletion("lora_dropout.cu", "if (i >= p.n) return;", "", 1),
     Deletion("lora_dropout.cu", "i + kElements <= p.n", "true"),
+    Deletion("low_rank.cuh", "end - first < kTileRows ? end - first : kTileRows", "kTileRows"),
+    Deletion("low_rank.cuh", "tile -= tiles;", ""),
+    Deletion("low_rank.cuh", "return left < 0 ? 0 :", "return"),
+    Deletion("low_rank.cuh", "left < most ? static_cast<int>(left) : most", "most"),
+    Deletion("low_rank.cuh", "m.dtype == kDtype && m.aligned", "m.dtype == kDtype"),
+    Deletion("low_rank.cuh", "m.dtype == kDtype && m.aligned", "m.aligned"),
+    Deletion("low_rank.cuh", "m.aligned && there == 8", "there == 8"),
+    Deletion("low_rank.cuh", "m.aligned && there == 8", "m.aligned"),
+    Deletion("low_rank.cuh", "if (2 * v + e < there) two[e]", "two[e]"),
+    Deletion(
+        "low_rank.cuh",
+        "row < count ? clamped(col_end - col - 8 * piece, 8) : 0",
+        "clamped(col_end - col - 8 * piece, 8)",
+    ),
+    Deletion(
+        "low_rank.cuh", "row < count ? clamped(col_end - col - 8 * piece, 8) : 0", "row < count ? 8 : 0"
+    ),
+    Deletion("low_rank.cuh", "if (row >= count || col + 8 * piece >= col_end) continue;", ""),
+    Deletion(
+        "low_rank.cuh",
+        "row < count ? clamped(rank_end - rank - 8 * piece, 8) : 0",
+        "clamped(rank_end - rank - 8 * piece, 8)",
+    ),
+    Deletion(
+        "low_rank.cuh", "row < count ? clamped(rank_end - rank - 8 * piece, 8) : 0", "row < count ? 8 : 0"
+    ),
+    Deletion(
+        "low_rank.cuh",
+        "const int64_t first = rows[begin + row] * cols",
+        "const int64_t first = (begin + row) * cols",
+    ),
+    Deletion("dropout.cuh", "if (shift != 0) bits =", "bits ="),
+    Deletion("dropout.cuh", "kept4(first / 4 + 1) << 4", "kept4(first / 4) << 4"),
+    Deletion("lora_shrink.cu", "if (tile.count == 0 || ranks == 0) return;", "if (ranks == 0) return;"),
+    Deletion("lora_shrink.cu", "if (tile.count == 0 || ranks == 0) return;", "if (tile.count == 0) return;"),
+    Deletion(
+        "lora_shrink.cu",
+        "row < ranks ? clamped(col_end - col - 8 * piece, 8) : 0",
+        "clamped(col_end - col - 8 * piece, 8)",
+    ),
+    Deletion("lora_shrink.cu", "row < tile.count && rank < ranks", "rank < ranks"),
+    Deletion("lora_shrink.cu", "row < tile.count && rank < ranks", "row < tile.count"),
+    Deletion("lora_shrink.cu", "p.k < col0 + p.slice_k ? p.k : col0 + p.slice_k", "col0 + p.slice_k"),
+    Deletion("lora_shrink.cu", "if (thread == 0) p.counters[unit] = 0;", ""),
+    Deletion("lora_expand.cu", "if (tile.count == 0) return;", ""),
+    Deletion("lora_expand.cu", "if (first + 16 * s >= rank) break;", ""),
+    Deletion(
+        "lora_expand.cu",
+        "first + row < rank ? clamped(columns - 8 * piece, 8) : 0",
+        "clamped(columns - 8 * piece, 8)",
+    ),
+    Deletion(
+        "lora_expand.cu", "row < tile.count ? p.rows[tile.begin + row] : -1", "p.rows[tile.begin + row]"
+    ),
+    Deletion("lora_expand.cu", "row_of[half] < 0 || col >= p.columns", "row_of[half] < 0"),
+    Deletion("lora_expand.cu", "row_of[half] < 0 || col >= p.columns", "col >= p.columns"),
+    Deletion("lora_expand.cu", "if (col + 1 >= p.columns) continue;", ""),
+    Deletion("lora_expand.cu", "t % 2 == 0 ? row_of[0] : row_of[1]", "row_of[0]"),
+    Deletion("lora_expand.cu", "masked && p.columns % 4 == 0", "masked"),
+    Deletion(
+        "lora_linear_backward_sweep.cuh",
+        "least(begin0 + part * per_part * kTileRows, end0)",
+        "begin0 + part * per_part * kTileRows",
+    ),
+    Deletion(
+        "lora_linear_backward_sweep.cuh",
+        "least(begin + per_part * kTileRows, end0)",
+        "begin + per_part * kTileRows",
+    ),
+    Deletion("lora_linear_backward_sweep.cuh", "least(col0 + S::kStrip, p.columns)", "col0 + S::kStrip"),
+    Deletion(
+        "lora_linear_backward_sweep.cuh",
+        "if (row >= count || rank >= ranks) continue;",
+        "if (rank >= ranks) continue;",
+    ),
+    Deletion(
+        "lora_linear_backward_sweep.cuh",
+        "if (row >= count || rank >= ranks) continue;",
+        "if (row >= count) continue;",
+    ),
+    Deletion("lora_linear_backward_sweep.cuh", "if (col >= col_end) continue;", ""),
+    Deletion(
+        "lora_linear_backward_sweep.cuh", "if (!wanted || rank >= ranks) continue;", "if (!wanted) continue;"
+    ),
+    Deletion(
+        "lora_linear_backward_sweep.cuh",
+        "if (!wanted || rank >= ranks) continue;",
+        "if (rank >= ranks) continue;",
+    ),
+    Deletion(
+        "lora_linear_backward_sweep.cuh",
+        "token < p.rows.begin(adapter) || rank >= p.rank[adapter]",
+        "rank >= p.rank[adapter]",
+    ),
+    Deletion(
+        "lora_linear_backward_sweep.cuh",
+        "token < p.rows.begin(adapter) || rank >= p.rank[adapter]",
+        "token < p.rows.begin(adapter)",
+    ),
+    Deletion("lora_linear_backward_sweep.cuh", "if (i >= elements) return;", ""),
+    Deletion(
+        "lora_linear_backward_sweep.cuh",
+        "p.out[adapter].data == nullptr || rank >= p.rank[adapter]",
+        "p.out[adapter].data == nullptr",
+    ),
+    Deletion("lora_linear_backward_dx.cuh", "row0 + row < row_end && col < p.k", "col < p.k"),
+    Deletion("lora_linear_backward_dx.cuh", "row0 + row < row_end && col < p.k", "row0 + row < row_end"),
+    Deletion(
+        "lora_linear_backward_dx.cuh",
+        "token0 + token < p.tokens ? clamped(row_end - row0 - 8 * piece, 8) : 0",
+        "clamped(row_end - row0 - 8 * piece, 8)",
+    ),
+    Deletion(
+        "lora_linear_backward_dx.cuh",
+        "token0 + token < p.tokens ? clamped(row_end - row0 - 8 * piece, 8) : 0",
+        "token0 + token < p.tokens ? 8 : 0",
+    ),
+    Deletion("lora_linear_backward_dx.cuh", "row >= row_end || col >= p.k", "row >= row_end"),
+    Deletion("lora_linear_backward_dx.cuh", "row >= row_end || col >= p.k", "col >= p.k"),
+    Deletion(
+        "lora_linear_backward_dx.cuh", "group == 0 && slice == 0 && p.rank > 0", "group == 0 && p.rank > 0"
+    ),
+    Deletion("lora_linear_backward_dx.cuh", "rank < p.rank && column < p.k", "rank < p.rank"),
+    Deletion("lora_linear_backward_dx.cuh", "rank < p.rank && column < p.k", "column < p.k"),
+    Deletion(
+        "lora_linear_backward_dx.cuh",
+        "if (token < p.tokens && rank < p.rank) two[e]",
+        "if (rank < p.rank) two[e]",
+    ),
+    Deletion(
+        "lora_linear_backward_dx.cuh",
+        "if (token < p.tokens && rank < p.rank) two[e]",
+        "if (token < p.tokens) two[e]",
+    ),
+    Deletion("lora_linear_backward_dx.cuh", "if (token < p.tokens && column < p.k) {", "if (column < p.k) {"),
+    Deletion(
+        "lora_linear_backward_dx.cuh", "if (token < p.tokens && column < p.k) {", "if (token < p.tokens) {"
+    ),
+    Deletion("lora_linear_backward_dx.cuh", "if (token < p.tokens && col < p.k) {", "if (col < p.k) {"),
+    Deletion(
+        "lora_linear_backward_dx.cuh", "if (token < p.tokens && col < p.k) {", "if (token < p.tokens) {"
+    ),
+    Deletion("lora_linear_backward_dx.cuh", "if (thread == 0) p.counters[tile] = 0;", ""),
     Deletion("nf4_dequantize.cu", "i < total;", "i < total + 1;", 0),
     Deletion("nf4_dequantize.cu", "i < total;", "i < total + 1;", 1),
 )

@@ -305,6 +305,313 @@ inline void lora_linear(Rng& rng, Kernel kernel) {
   }
 }
 
+// ---- the low-rank products ---------------------------------------------------------------------------------
+
+// A matrix [rows, cols] of any dtype, rows `stride` apart.
+struct AnyMatrix {
+  int64_t rows, cols, stride;
+  int dtype;
+  Buffer<float> wide;
+  Buffer<uint16_t> narrow;
+  AnyMatrix(Rng& rng, int64_t r, int64_t c, int type, int64_t extra = 0)
+      : rows(r), cols(c), stride(c + extra), dtype(type), wide(type == LK_F32 ? r * stride : 0),
+        narrow(type == LK_F32 ? 0 : r * stride) {
+    for (size_t i = 0; i < wide.size; ++i) wide[i] = normal(rng);
+    for (size_t i = 0; i < narrow.size; ++i) narrow[i] = to_16(type, normal(rng));
+  }
+  double operator()(int64_t r, int64_t c) const {
+    const size_t i = r * stride + c;
+    return dtype == LK_F32 ? wide[i] : from_16(dtype, narrow[i]);
+  }
+  lk_matrix view() { return {dtype == LK_F32 ? static_cast<void*>(wide.get()) : narrow.get(), dtype, stride}; }
+  lk_matrix use(const char* name, simt::Use how) {
+    wide.use(name, how), narrow.use(name, how);
+    return view();
+  }
+};
+
+// One adapter of every row, or several whose rows are sorted; some rows are nobody's, some adapters have none.
+struct Adapters {
+  int64_t tokens;
+  bool sorted;
+  std::vector<int64_t> rank;
+  std::vector<double> scaling;
+  std::vector<int> of_row;
+  int64_t most = 0;
+  Buffer<int64_t> order, begins;
+  Adapters(Rng& rng, int64_t rows)
+      : tokens(rows), sorted(rng() % 2 == 0), rank(sorted ? between(rng, 1, 4) : 1), of_row(rows, 0),
+        order(sorted ? rows : 0), begins(sorted ? rank.size() + 1 : 0) {
+    for (auto& r : rank) {
+      r = between(rng, rng() % 4 == 0 && sorted ? 0 : 1, rng() % 3 == 0 ? 70 : 18);
+      scaling.push_back(0.25 + static_cast<double>(rng() % 8) / 4);
+      most = std::max(most, r);
+    }
+    if (!sorted) return;
+    const int64_t adapters = static_cast<int64_t>(rank.size());
+    const bool uneven = rng() % 2 == 0;
+    for (auto& a : of_row) a = static_cast<int>(uneven && rng() % 8 != 0 ? 0 : between(rng, -1, adapters - 1));
+    size_t next = 0;
+    for (int a = -1; a < adapters; ++a) {
+      if (a >= 0) begins[a] = static_cast<int64_t>(next);
+      for (int64_t t = 0; t < rows; ++t) {
+        if (of_row[t] == a) order[next++] = t;
+      }
+    }
+    begins[adapters] = static_cast<int64_t>(next);
+  }
+  lk_rows view() {
+    order.use("order", simt::Use::input), begins.use("begins", simt::Use::input);
+    return {tokens, sorted ? order.get() : nullptr, sorted ? begins.get() : nullptr,
+            static_cast<int64_t>(rank.size())};
+  }
+};
+
+// The mask of a random key: kept(element).
+struct Drawn {
+  double p;
+  Buffer<int64_t> key;
+  explicit Drawn(Rng& rng) : p(rng() % 2 == 0 ? 0.3 : 0), key(2) {
+    key[0] = static_cast<int64_t>(rng() >> 1), key[1] = static_cast<int64_t>(rng() >> 1);
+  }
+  bool kept(int64_t i) const {
+    const auto words = lk::philox4x32_10(static_cast<uint64_t>(i) / 4, static_cast<uint64_t>(key[1]),
+                                         static_cast<uint64_t>(key[0]));
+    return words.w[i % 4] >= lk::dropout_threshold(p);
+  }
+  const int64_t* view() {
+    if (p > 0) key.use("rng", simt::Use::input);
+    return p > 0 ? key.get() : nullptr;
+  }
+};
+
+// A sum of products, and what an error of it is measured by.
+struct Sum {
+  double value = 0, squares = 1;
+  void add(double product) { value += product, squares += product * product; }
+  void check(const char* name, int64_t i, int64_t j, double got, int dtype) const {
+    const double unit = dtype == LK_BF16 ? 8e-3 : 2e-3;
+    if (!(std::abs(got - value) <= unit * (std::abs(value) + std::sqrt(squares)))) {
+      throw Wrong(std::string("wrong ") + name + "[" + std::to_string(i) + ", " + std::to_string(j) +
+                  "]: " + std::to_string(got) + ", expected " + std::to_string(value));
+    }
+  }
+};
+
+inline int any_16(Rng& rng) { return rng() % 2 == 0 ? LK_BF16 : LK_F16; }
+inline int any_dtype(Rng& rng, int dtype) { return rng() % 3 == 0 ? LK_F32 : rng() % 4 == 0 ? LK_F16 : dtype; }
+// Aligned or not, of one strip of columns or of two.
+inline int64_t any_columns(Rng& rng) {
+  const int64_t most = rng() % 4 == 0 ? 90 : 40;
+  return rng() % 2 == 0 ? 8 * between(rng, 1, most) : between(rng, 1, 6 * most);
+}
+inline void any_device(Rng& rng) {
+  lk::cuda::pretended_device() = {static_cast<int>(between(rng, 1, rng() % 2 == 0 ? 40 : 3)), 80};
+}
+
+inline void shrink(Rng& rng) {
+  const int dtype = any_16(rng);
+  const int64_t k = any_columns(rng) * between(rng, 1, 4);
+  any_device(rng);
+  Adapters adapters(rng, between(rng, 1, 150));
+  Drawn mask(rng);
+  AnyMatrix x(rng, adapters.tokens, k, dtype, rng() % 4 == 0 ? between(rng, 0, 9) : 0);
+  std::vector<AnyMatrix> A;
+  for (const int64_t r : adapters.rank) A.emplace_back(rng, r, k, any_dtype(rng, dtype));
+  const int64_t stride = adapters.most + between(rng, 0, 2);
+  const int64_t count = static_cast<int64_t>(adapters.rank.size());
+  const lk_scratch space = lk_cuda_lora_shrink_scratch(adapters.tokens, count, adapters.sorted, k, adapters.most);
+  Buffer<uint32_t> counters(space.counters), workspace(space.workspace / 4);
+  Buffer<uint16_t> h(adapters.tokens * stride);
+  for (int launch = 0; launch < 2; ++launch) {
+    for (size_t i = 0; i < h.size; ++i) h[i] = 0x1234;
+    Memory memory;
+    using simt::Use;
+    const lk_matrix from = x.use("x", Use::input);
+    h.use("h", Use::inout), counters.use("counters", Use::inout), workspace.use("workspace", Use::output);
+    std::vector<lk_adapter> views;
+    for (int64_t a = 0; a < count; ++a) {
+      views.push_back({A[a].use("lora_A", Use::input), {}, adapters.rank[a], 1, mask.p, mask.view()});
+    }
+    const lk_rows rows = adapters.view();
+    check_status(lk_cuda_lora_shrink(&from, k, &rows, views.data(), h.get(), stride, workspace.get(),
+                                     counters.get(), nullptr));
+    for (int64_t t = 0; t < adapters.tokens; ++t) {
+      const int a = adapters.of_row[t];
+      for (int64_t r = 0; r < stride; ++r) {
+        const uint16_t got = h[t * stride + r];
+        if (a < 0 || r >= adapters.rank[a]) {
+          if (got != 0x1234) throw Wrong("lora_shrink wrote an element of no adapter");
+          continue;
+        }
+        Sum sum;
+        for (int64_t c = 0; c < k; ++c) {
+          if (mask.kept(t * k + c)) sum.add(x(t, c) * A[a](r, c));
+        }
+        sum.check("h", t, r, from_16(dtype, got), dtype);
+      }
+    }
+  }
+}
+
+inline void expand(Rng& rng) {
+  const int dtype = any_16(rng);
+  const int64_t columns = any_columns(rng);
+  const bool backward = rng() % 2 == 0, add = rng() % 2 == 0;
+  any_device(rng);
+  Adapters adapters(rng, between(rng, 1, 150));
+  Drawn mask(rng);
+  if (!backward) mask.p = 0;
+  AnyMatrix v(rng, adapters.tokens, adapters.most, dtype, rng() % 3);
+  std::vector<AnyMatrix> w;
+  for (const int64_t r : adapters.rank) {
+    w.emplace_back(rng, backward ? r : columns, backward ? columns : r, any_dtype(rng, dtype));
+  }
+  AnyMatrix out(rng, adapters.tokens, columns, dtype, rng() % 3 == 0 ? 3 : 0);
+  const std::vector<uint16_t> before(out.narrow.get(), out.narrow.get() + out.narrow.size);
+  Memory memory;
+  using simt::Use;
+  const lk_matrix from = v.use("v", Use::input), to = out.use("out", Use::inout);
+  std::vector<lk_adapter> views;
+  for (size_t a = 0; a < w.size(); ++a) {
+    const lk_matrix weight = w[a].use("weights", Use::input);
+    views.push_back({backward ? weight : lk_matrix{}, backward ? lk_matrix{} : weight, adapters.rank[a],
+                     adapters.scaling[a], backward ? mask.p : 0, backward ? mask.view() : nullptr});
+  }
+  const lk_rows rows = adapters.view();
+  check_status(lk_cuda_lora_expand(&from, &rows, views.data(), backward, add, const_cast<void*>(to.data),
+                                   columns, out.stride, nullptr));
+  for (int64_t t = 0; t < adapters.tokens; ++t) {
+    const int a = adapters.of_row[t];
+    for (int64_t c = 0; c < out.stride; ++c) {
+      const size_t i = t * out.stride + c;
+      if (a < 0 || c >= columns) {
+        if (out.narrow[i] != before[i]) throw Wrong("lora_expand wrote an element of no adapter");
+        continue;
+      }
+      Sum sum;
+      if (add) sum.add(from_16(dtype, before[i]));
+      for (int64_t r = 0; r < adapters.rank[a] && (!backward || mask.kept(t * columns + c)); ++r) {
+        sum.add(v(t, r) * (backward ? w[a](r, c) : adapters.scaling[a] * w[a](c, r)));
+      }
+      sum.check("out", t, c, from_16(dtype, out.narrow[i]), dtype);
+    }
+  }
+}
+
+// Both sweeps of the backward, with and without each of their outputs.
+inline void sweep(Rng& rng, bool over_x) {
+  const int dtype = any_16(rng);
+  const int64_t columns = any_columns(rng);
+  any_device(rng);
+  Adapters adapters(rng, rng() % 4 == 0 ? between(rng, 150, 400) : between(rng, 1, 150));
+  Drawn mask(rng);
+  if (!over_x) mask.p = 0;
+  const int64_t count = static_cast<int64_t>(adapters.rank.size());
+  const bool with_g = !over_x && rng() % 4 != 0, with_bias = !over_x && !adapters.sorted && rng() % 2 == 0;
+  AnyMatrix z(rng, adapters.tokens, columns, dtype, rng() % 4 == 0 ? between(rng, 0, 9) : 0);
+  AnyMatrix v(rng, adapters.tokens, adapters.most, dtype, rng() % 3), g(rng, adapters.tokens, v.stride, dtype);
+  std::vector<AnyMatrix> w, out;
+  std::vector<bool> wanted;
+  for (const int64_t r : adapters.rank) {
+    w.emplace_back(rng, columns, r, any_dtype(rng, dtype));
+    out.emplace_back(rng, over_x ? r : columns, over_x ? columns : r, any_dtype(rng, dtype));
+    wanted.push_back(rng() % 4 != 0);
+  }
+  Buffer<float> bias(with_bias ? columns : 0);
+  Memory memory;
+  using simt::Use;
+  const lk_rows rows = adapters.view();
+  int64_t most = 0;
+  for (int64_t a = 0; a < count; ++a) most = std::max(most, over_x && !wanted[a] ? 0 : adapters.rank[a]);
+  const int64_t bytes = lk_cuda_lora_linear_backward_sweep_workspace(adapters.tokens, count, columns, most,
+                                                                     with_g ? g.stride : 0);
+  Buffer<uint32_t> workspace(bytes / 4);
+  workspace.use("workspace", Use::output);
+  const lk_matrix from = z.use(over_x ? "x" : "dy", Use::input), low = v.use(over_x ? "g" : "h", Use::input);
+  std::vector<lk_adapter> views;
+  std::vector<lk_matrix> gradients;
+  for (int64_t a = 0; a < count; ++a) {
+    const bool none = over_x && !wanted[a];
+    views.push_back({{}, over_x ? lk_matrix{} : w[a].use("lora_B", Use::input), none ? 0 : adapters.rank[a],
+                     over_x ? 1 : adapters.scaling[a], mask.p, mask.view()});
+    gradients.push_back(wanted[a] ? out[a].use(over_x ? "dA" : "dB", Use::output) : lk_matrix{});
+  }
+  if (over_x) {
+    check_status(lk_cuda_lora_linear_backward_x(&from, columns, &rows, views.data(), &low, gradients.data(),
+                                                workspace.get(), nullptr));
+  } else {
+    if (with_g) g.use("g", Use::inout);
+    bias.use("dbias", Use::output);
+    check_status(lk_cuda_lora_linear_backward_dy(&from, columns, &rows, views.data(), &low,
+                                                 with_g ? g.narrow.get() : nullptr, g.stride, gradients.data(),
+                                                 with_bias ? bias.get() : nullptr, workspace.get(), nullptr));
+  }
+  simt::check_outputs_written();
+  for (int64_t a = 0; a < count; ++a) {
+    for (int64_t c = 0; c < columns && wanted[a]; ++c) {
+      for (int64_t r = 0; r < adapters.rank[a]; ++r) {
+        Sum sum;
+        for (int64_t t = 0; t < adapters.tokens; ++t) {
+          if (adapters.of_row[t] != a || !mask.kept(t * columns + c)) continue;
+          sum.add((over_x ? 1 : adapters.scaling[a]) * z(t, c) * v(t, r));
+        }
+        sum.check(over_x ? "dA" : "dB", r, c, over_x ? out[a](r, c) : out[a](c, r), out[a].dtype);
+      }
+    }
+  }
+  for (int64_t t = 0; t < adapters.tokens && with_g; ++t) {
+    const int a = adapters.of_row[t];
+    for (int64_t r = 0; a >= 0 && r < adapters.rank[a]; ++r) {
+      Sum sum;
+      for (int64_t c = 0; c < columns; ++c) sum.add(adapters.scaling[a] * z(t, c) * w[a](c, r));
+      sum.check("g", t, r, g(t, r), dtype);
+    }
+  }
+  for (int64_t c = 0; c < columns && with_bias; ++c) {
+    Sum sum;
+    for (int64_t t = 0; t < adapters.tokens; ++t) sum.add(z(t, c));
+    sum.check("dbias", 0, c, bias[c], LK_F16);
+  }
+}
+
+inline void backward_dx(Rng& rng) {
+  const int dtype = any_16(rng);
+  const bool nf4 = rng() % 2 == 0;
+  const int64_t tokens = between(rng, 1, 70), k = 64 * between(rng, 1, 7);
+  const int64_t n = rng() % 4 == 0 ? between(rng, 900, 1300) : between(rng, 1, 200);
+  const int64_t rank = rng() % 4 == 0 ? 0 : between(rng, 1, 40);
+  lk::cuda::pretended_device() = {static_cast<int>(between(rng, 1, 24)), 80};
+  Drawn mask(rng);
+  AnyMatrix dy(rng, tokens, n, dtype, rng() % 3 == 0 ? between(rng, 0, 9) : 0), g(rng, tokens, rank, dtype);
+  AnyMatrix dense(rng, nf4 ? 0 : n, k, dtype), A(rng, rank, k, any_dtype(rng, dtype));
+  Nf4 w(rng, nf4 ? n * k : 64, 64, rng() % 2 == 0);
+  const lk_scratch space = lk_cuda_lora_linear_backward_dx_scratch(tokens, n, k);
+  Buffer<uint32_t> counters(space.counters), workspace(space.workspace / 4);
+  Buffer<uint16_t> dx(tokens * k);
+  for (int launch = 0; launch < 2; ++launch) {
+    Memory memory;
+    using simt::Use;
+    const lk_matrix from = dy.use("dy", Use::input), low = g.use("g", Use::input);
+    dx.use("dx", Use::output);
+    counters.use("counters", Use::inout), workspace.use("workspace", Use::output);
+    const lk_nf4_weight weight = nf4 ? w.view() : lk_nf4_weight{};
+    const lk_base_weight base = {nf4 ? &weight : nullptr, dense.use("weight", Use::input), n, k};
+    const lk_adapter adapter = {A.use("lora_A", Use::input), {}, rank, 1, mask.p, mask.view()};
+    check_status(lk_cuda_lora_linear_backward_dx(&from, tokens, &base, &adapter, low.data, dx.get(),
+                                                 workspace.get(), counters.get(), nullptr));
+    simt::check_outputs_written();
+    for (int64_t t = 0; t < tokens; ++t) {
+      for (int64_t c = 0; c < k; ++c) {
+        Sum sum;
+        for (int64_t o = 0; o < n; ++o) sum.add(dy(t, o) * (nf4 ? w.weight(o * k + c) : dense(o, c)));
+        for (int64_t r = 0; r < rank && mask.kept(t * k + c); ++r) sum.add(g(t, r) * A(r, c));
+        sum.check("dx", t, c, from_16(dtype, dx[t * k + c]), dtype);
+      }
+    }
+  }
+}
+
 struct Problem {
   const char* name;
   std::function<void(Rng&)> run;
@@ -318,6 +625,11 @@ inline const std::vector<Problem>& real_kernels() {
       {"lora_linear_decode_clustered", [](Rng& rng) { lora_linear(rng, Kernel::decode_clustered); }},
       {"lora_linear_mixed", [](Rng& rng) { lora_linear(rng, Kernel::mixed); }},
       {"lora_linear_mixed_given_h", [](Rng& rng) { lora_linear(rng, Kernel::mixed_given_h); }},
+      {"lora_shrink", shrink},
+      {"lora_expand", expand},
+      {"lora_linear_backward_dy", [](Rng& rng) { sweep(rng, false); }},
+      {"lora_linear_backward_x", [](Rng& rng) { sweep(rng, true); }},
+      {"lora_linear_backward_dx", backward_dx},
   };
   return all;
 }

@@ -1,0 +1,179 @@
+"""A whole training step of FusedLoRALinear by the CUDA kernels, on the host stand-in: every launch, every
+gradient."""
+
+import collections
+from typing import NamedTuple
+
+import pytest
+import simt_backend
+import torch
+from variants import variant
+
+import lora_kernels as lk
+from lora_kernels.backends.cuda import CROSSOVERS
+from lora_kernels.backends.cuda_launchers import CudaLaunchers
+
+NAMES = ("y", "dx", "dA", "dB", "dbias")
+LAUNCHERS = [name for name in vars(CudaLaunchers) if name.startswith(("lora_", "nf4_"))]
+
+
+class Step(NamedTuple):
+    tokens: int
+    r: int
+    dropout: float
+    quantize: str | None = "nf4"
+    dtype: torch.dtype = torch.bfloat16
+    adapter_dtype: torch.dtype | None = None
+
+
+def layer_of(step: Step) -> lk.FusedLoRALinear:
+    """320 -> 192 with a bias that learns and a B that is not zero."""
+    torch.manual_seed(1)
+    linear = torch.nn.Linear(320, 192, dtype=step.dtype)
+    layer = lk.FusedLoRALinear.from_linear(
+        linear, r=step.r, lora_alpha=2 * step.r, lora_dropout=step.dropout, quantize=step.quantize
+    )
+    layer.bias.requires_grad_(True)
+    with torch.no_grad():
+        for p in (layer.lora_A["default"].weight, layer.lora_B["default"].weight):
+            p.normal_(std=0.1)
+            p.data = p.data.to(step.adapter_dtype or step.dtype)
+    return layer.train()
+
+
+def taken(step: Step) -> dict[str, torch.Tensor]:
+    """The step's results: the same inputs and the same dropout on every backend."""
+    layer = layer_of(step)
+    torch.manual_seed(2)
+    x = torch.randn(step.tokens, 320, dtype=step.dtype).requires_grad_()
+    dy = torch.randn(step.tokens, 192, dtype=step.dtype)
+    y = layer(x)
+    y.backward(dy)
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    return dict(zip(NAMES, (y.detach(), x.grad, A.grad, B.grad, layer.bias.grad), strict=True))
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """How often each launcher was called."""
+    counts: collections.Counter[str] = collections.Counter()
+    for name in LAUNCHERS:
+        whole = getattr(simt_backend.backend._launchers, name)
+
+        def counted(*args, name=name, whole=whole, **kwargs):
+            counts[name] += 1
+            return whole(*args, **kwargs)
+
+        monkeypatch.setattr(simt_backend.backend._launchers, name, counted, raising=False)
+    return counts
+
+
+MOST = {crossover.kernel: crossover.tokens for crossover in CROSSOVERS}
+GRADIENTS = {"lora_linear_backward_dy": 1, "lora_linear_backward_x": 1}
+FEW = {**GRADIENTS, "lora_linear_backward_dx": 1}
+STEPS = {
+    Step(4, 8, 0.0): {"lora_linear_decode": 1, **FEW},
+    Step(4, 8, 0.2): {"lora_shrink": 1, "lora_linear_mixed": 1, **FEW},
+    Step(40, 8, 0.0): {"lora_linear_mixed": 1, **FEW},
+    Step(40, 24, 0.2): {"lora_shrink": 1, "lora_linear_mixed": 1, **FEW},
+    Step(40, 8, 0.2, quantize=None): {"lora_shrink": 1, "lora_linear_mixed": 1, **FEW},
+    Step(40, 8, 0.2, adapter_dtype=torch.float32): {"lora_shrink": 1, "lora_linear_mixed": 1, **FEW},
+    Step(40, 8, 0.2, dtype=torch.float16): {"lora_shrink": 1, "lora_linear_mixed": 1, **FEW},
+    Step(MOST["lora_linear_mixed"] + 3, 8, 0.2): {
+        "lora_shrink": 1,
+        "nf4_dequantize": 2,
+        "lora_expand_backward": 1,
+        **GRADIENTS,
+    },
+    Step(MOST["lora_linear_mixed"] + 3, 8, 0.0): {"lora_shrink": 1, "nf4_dequantize": 2, **GRADIENTS},
+}
+
+
+@pytest.mark.parametrize("name", ["simt-80", "simt-90"])
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: "-".join(map(str, step)))
+def test_a_training_step_gives_the_cpus_gradients_by_these_launches(step, name, launched):
+    with variant("cpu"):
+        wanted = taken(step)
+    launched.clear()
+    with variant(name):
+        got = taken(step)
+    quantised = {"nf4_quantize": 1} if step.quantize else {}
+    assert dict(launched) == {**STEPS[step], **quantised}
+    # Two roundings to the dtype, of results and of what they are made of; fp32 gradients too, since h and g
+    # between them are of x's dtype.
+    limit = 3 * torch.finfo(step.dtype).eps
+    for key in NAMES:
+        assert got[key].dtype == wanted[key].dtype
+        difference = (got[key].double() - wanted[key].double()).norm() / wanted[key].double().norm()
+        assert difference <= limit, f"{key}: {difference:.2e}"
+    if step.dropout:  # the same elements are dropped: elsewhere the error would be of the size of the term
+        with variant("cpu"):
+            other = taken(step._replace(dropout=0.0))
+        assert (other["dA"] - wanted["dA"]).norm() > 0.1 * wanted["dA"].norm()
+
+
+def test_only_what_is_needed_is_launched(launched):
+    with variant("simt-80"):
+        layer = layer_of(Step(40, 8, 0.0))
+        for p in layer.parameters():
+            p.requires_grad_(False)
+        launched.clear()
+        x = torch.randn(40, 320, dtype=torch.bfloat16).requires_grad_()
+        layer(x).sum().backward()
+        assert dict(launched) == {
+            "lora_linear_mixed": 1,
+            "lora_linear_backward_dy": 1,  # g alone
+            "lora_linear_backward_dx": 1,
+        }
+        launched.clear()
+        layer.bias.requires_grad_(True)
+        layer(x.detach()).sum().backward()
+        assert dict(launched) == {"lora_linear_mixed": 1, "lora_linear_backward_dy": 1}
+
+
+def test_64_adapters_in_one_call_are_two_launches_beside_the_base_product(launched):
+    torch.manual_seed(0)
+    k, n, adapters = 128, 96, 64
+    weight = lk.nf4_quantize((torch.randn(n, k) * k**-0.5).bfloat16())
+    ranks = [1 + i % 20 for i in range(adapters)]
+    A = [torch.randn(r, k).bfloat16().requires_grad_() for r in ranks]
+    B = [torch.randn(n, r).bfloat16().requires_grad_() for r in ranks]
+    index = torch.randint(-1, adapters, (70,))
+    x = torch.randn(70, k).bfloat16().requires_grad_()
+    dy = torch.randn(70, n).bfloat16()
+    results = []
+    for name in ("reference", "simt-80"):
+        launched.clear()
+        with variant(name):
+            y = lk.lora_linear_batched(x, weight, A, B, [1 / r for r in ranks], index)
+            results.append([y, *torch.autograd.grad(y, [x, *A, *B], dy)])
+    assert dict(launched) == {
+        "lora_linear_mixed": 1,
+        "lora_shrink": 1,
+        "lora_expand_forward": 1,
+        "lora_linear_backward_dx": 1,
+        "lora_linear_backward_dy": 1,
+        "lora_expand_backward": 1,
+        "lora_linear_backward_x": 1,
+    }
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(b, a, rtol=0.05, atol=0.05 * float(a.detach().abs().max()) + 1e-6)
+
+
+def test_more_adapters_than_a_launch_takes(launched):
+    torch.manual_seed(0)
+    k, n, adapters = 64, 40, 70
+    weight = torch.randn(n, k).bfloat16()
+    A, B = (
+        [torch.randn(2, k).bfloat16() for _ in range(70)],
+        [torch.randn(n, 2).bfloat16() for _ in range(70)],
+    )
+    index = torch.arange(adapters) - 1
+    x = torch.randn(adapters, k).bfloat16()
+    with variant("reference"):
+        wanted = lk.lora_linear_batched(x, weight, A, B, [0.5] * adapters, index)
+    launched.clear()
+    with variant("simt-80"):
+        got = lk.lora_linear_batched(x, weight, A, B, [0.5] * adapters, index)
+    assert launched["lora_shrink"] == launched["lora_expand_forward"] == 2
+    torch.testing.assert_close(got, wanted, rtol=0.02, atol=0.02 * float(wanted.abs().max()))
