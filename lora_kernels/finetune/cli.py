@@ -106,6 +106,9 @@ def build_parser() -> argparse.ArgumentParser:
     dtype_help = "of the model; auto takes the one its files have"
     add(group, "--dtype", dtype_help, choices=["auto", "float32", "bfloat16", "float16"])
 
+    device_help = "cpu, cuda or cuda:N; auto takes a GPU where there is one that this build has kernels for"
+    add(group, "--device", device_help, metavar="NAME")
+
     group = parser.add_argument_group("training")
     lr_help = f"peak learning rate (default: {LR_GIVEN_MODEL} with --model, else {LR_BUILT_IN_BASE})"
     add(group, "--lr", lr_help, type=float, metavar="X")

@@ -7,14 +7,44 @@ import torch
 from torch import nn
 
 import lora_kernels as lk
+from lora_kernels.backends import native
 from lora_kernels.finetune.errors import UsageError, one_line
 from lora_kernels.finetune.settings import Settings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_model(folder: Path, dtype: str, device: torch.device) -> nn.Module:
-    """The model in evaluation mode. Nothing is downloaded and no code of the folder is run.
+def device_of(settings: Settings) -> torch.device:
+    """The device that `--device` names.
+
+    Raises:
+        UsageError: there is no such device, or the package was built without kernels for it.
+    """
+    name = settings.device
+    built = bool(native._C.cuda_archs)
+    if name == "auto":
+        return torch.device("cuda" if built and torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cpu":
+        return device
+    if not torch.cuda.is_available():
+        raise UsageError(
+            f"argument --device: got {name}, but this torch ({torch.__version__}) sees no CUDA device"
+        )
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"argument --device: got {name}, expected an index below {torch.cuda.device_count()}, the number "
+            "of CUDA devices"
+        )
+    if not built:
+        raise UsageError(
+            f"argument --device: got {name}, but lora_kernels was built without CUDA (no nvcc was found)"
+        )
+    return device
+
+
+def load_model(folder: Path, dtype: str) -> nn.Module:
+    """The model in evaluation mode, on the CPU. Nothing is downloaded and no code of the folder is run.
 
     Args:
         dtype: float32, bfloat16, float16, or auto: what the folder's files have.
@@ -51,7 +81,7 @@ def load_model(folder: Path, dtype: str, device: torch.device) -> nn.Module:
         raise UsageError(
             f"argument --model: {folder} has dtype {model.dtype}, expected one of {', '.join(DTYPES)}"
         )
-    return model.to(device).eval()
+    return model.eval()
 
 
 def _finite(tensor: torch.Tensor) -> bool:

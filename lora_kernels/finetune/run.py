@@ -66,7 +66,7 @@ class _Run:
 
     def __init__(self, settings: Settings, output: Path, stop: StopSignal):
         self.settings, self.output, self.stop = settings, output, stop
-        self.device = torch.device("cpu")
+        self.device = models.device_of(settings)
         self.times: dict[str, float] = {}
         self.began = time.perf_counter()
 
@@ -104,6 +104,9 @@ class _Run:
             itemsize = model.dtype.itemsize
             torch.manual_seed(s.seed)
             layers = models.add_adapters(model, s)
+            # Not before: the adapters start from the same numbers on every device, and a GPU never holds the
+            # dense weights.
+            model.to(self.device)
         if s.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.pad = models.pad_id(self.tokenizer, model)
@@ -157,7 +160,7 @@ class _Run:
                 bar.close()
 
     def _load_base(self) -> nn.Module:
-        return models.load_model(self.folder, self.settings.dtype, self.device)
+        return models.load_model(self.folder, self.settings.dtype)
 
     def _steps(self, rows: int) -> int:
         s = self.settings
@@ -176,7 +179,7 @@ class _Run:
         adapters = f"{len(layers)} layers with LoRA r = {s.r}, {trainable:,} trainable parameters"
         self._say(
             f"model   {self.folder}\n"
-            f"        {dtype}, {base} base; {adapters}\n"
+            f"        {dtype}, {base} base, on {self.device}; {adapters}\n"
             f"data    {self.sources['data']['source']}: {tokens}\n"
             f"output  {self.output}"
         )

@@ -1,6 +1,7 @@
 """What one run is asked to do: the options, their defaults, and what each may be."""
 
 import math
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ class Settings:
     target_modules: str = "all-linear"
     quantize: str = "nf4"
     dtype: str = "auto"
+    device: str = "auto"
 
     lr: float | None = None
     lora_plus_ratio: float = 1.0
@@ -90,6 +92,7 @@ def check(settings: Settings) -> None:
     _require("seed", s.seed, 0 <= s.seed < 2**32, "an integer from 0 to 2^32 - 1")
     _require("eval_fraction", s.eval_fraction, 0 < s.eval_fraction < 1, "a fraction between 0 and 1")
     _require("sample_tokens", s.sample_tokens, s.sample_tokens >= 0, "an integer of at least 0")
+    _require("device", s.device, re.fullmatch(r"auto|cpu|cuda(:\d+)?", s.device), "auto, cpu, cuda or cuda:N")
     for name in ("batch_size", "grad_accum", "save_every", "eval_rows"):
         value = getattr(s, name)
         _require(name, value, value >= 1, "an integer of at least 1")
@@ -114,7 +117,7 @@ def check(settings: Settings) -> None:
             raise UsageError(f"argument {option(name)}: {problem}: {path}")
 
 
-def _require(name: str, value: Any, good: bool, expected: str) -> None:
+def _require(name: str, value: Any, good: Any, expected: str) -> None:
     if not good:
         raise UsageError(f"argument {option(name)}: got {value}, expected {expected}")
 

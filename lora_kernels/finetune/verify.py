@@ -64,12 +64,13 @@ def verify(
 
     Args:
         trained: logits of the model as it was trained, `logits_of(model, rows, indices, device)`.
-        load_base: loads the base from its files once more.
+        load_base: loads the base from its files once more, on the CPU.
         adapter: folder of the adapter's files.
         quantize: as in training.
     """
     fresh = load_base()
     lk.load_adapter(fresh, adapter, quantize=quantize)
+    fresh.to(device)
     reloaded = logits_of(fresh, rows, indices, device)
     identical = all(torch.equal(a, b) for a, b in zip(reloaded, trained, strict=True))
     furthest = max(

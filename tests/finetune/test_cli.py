@@ -4,8 +4,10 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from lora_kernels.finetune import cli
 from lora_kernels.finetune.settings import Settings
@@ -59,6 +61,8 @@ def changed(arguments: list[str], **options: object) -> list[str]:
         ({"seed": -1}, r"--seed: got -1"),
         ({"quantize": "int4"}, r"--quantize: invalid choice: 'int4'"),
         ({"dtype": "float8"}, r"--dtype: invalid choice: 'float8'"),
+        ({"device": "tpu"}, r"--device: got tpu, expected auto, cpu, cuda or cuda:N"),
+        ({"device": "cuda:"}, r"--device: got cuda:, expected"),
         ({"target_modules": "c_attn"}, r"--target-modules: got 'c_attn': .*matches no linear layer.*q_proj"),
         ({"target_modules": ".*\\.nothing"}, r"--target-modules: .*matches no linear layer"),
         ({"target_modules": "(q_proj"}, r"--target-modules: .*not a regular expression"),
@@ -278,3 +282,20 @@ def test_a_bad_argument_costs_no_import_of_transformers():
     done = run_process(["--r", "0"], before="sys.modules['transformers'] = None")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "--r: got 0" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+def test_a_device_that_is_not_there_is_refused(arguments, capsys):
+    for name in ("cuda", "cuda:3"):
+        refused(changed(arguments, device=name), capsys, rf"--device: got {name}, .*sees no CUDA device")
+
+
+def test_a_device_that_exists_needs_kernels_and_an_index(arguments, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    refused(changed(arguments, device="cuda:2"), capsys, r"got cuda:2, expected an index below 2")
+    from lora_kernels.finetune import models
+
+    monkeypatch.setattr(models.native, "_C", SimpleNamespace(cuda_archs=""))
+    refused(changed(arguments, device="cuda"), capsys, r"built without CUDA")
+    assert models.device_of(Settings(device="auto")).type == "cpu"

@@ -3,7 +3,9 @@
 from itertools import pairwise
 
 import pytest
+import simt_backend
 import torch
+from variants import variant
 
 import lora_kernels as lk
 from lora_kernels.finetune.data import Rows
@@ -78,3 +80,32 @@ def test_lora_plus_raises_the_rate_of_b_alone(load, rows):
     run.train_step(lambda: None)
     by_name = {group["name"]: group["lr"] for group in run.optimizer.param_groups}
     assert by_name["B"] == pytest.approx(8 * by_name["A"]) and by_name["A"] == pytest.approx(1e-2)
+
+
+def test_training_by_the_cuda_kernels_follows_the_cpus_losses(load, rows, monkeypatch):
+    """On the host stand-in: every linear layer's forward and backward is a launch, and it learns the same."""
+    calls = {"forward": 0, "backward": 0}
+    launchers = simt_backend.backend._launchers
+    for kind, name in (("forward", "lora_linear_mixed"), ("backward", "lora_linear_backward_dx")):
+        whole = getattr(launchers, name)
+
+        def counted(*args, kind=kind, whole=whole):
+            calls[kind] += 1
+            whole(*args)
+
+        monkeypatch.setattr(launchers, name, counted, raising=False)
+    histories = []
+    for name in ("cpu", "simt-80"):
+        with variant(name):
+            run = trainer(load().bfloat16(), rows, batch_size=2, lora_dropout=0.1)
+            for _ in range(4):
+                run.train_step(lambda: None)
+            histories.append(run.history)
+    a, b = histories
+    assert calls == {
+        "forward": 4 * 14,
+        "backward": 4 * 11,
+    }  # what q, k and v of the first layer read needs none
+    torch.testing.assert_close(a.losses, b.losses, rtol=2e-2, atol=0)
+    torch.testing.assert_close(a.grad_norms, b.grad_norms, rtol=0.1, atol=0)
+    assert a.losses[-1] < a.losses[0]
