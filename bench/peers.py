@@ -10,7 +10,7 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-from bench.shapes import LORA_ALPHA, RANK, SCALING
+from bench.shapes import SCALING
 from lora_kernels.nf4 import NF4Weight
 
 
@@ -31,8 +31,9 @@ def _with_lora(layer: nn.Module, lora_A: Tensor, lora_B: Tensor, p: float, loade
 
     model = nn.Sequential(OrderedDict(proj=layer))
     model.is_loaded_in_4bit = loaded_in_4bit  # how PEFT knows to wrap a Linear4bit
+    rank = lora_A.shape[0]
     config = LoraConfig(
-        r=RANK, lora_alpha=LORA_ALPHA, lora_dropout=p, target_modules=["proj"], init_lora_weights=False
+        r=rank, lora_alpha=SCALING * rank, lora_dropout=p, target_modules=["proj"], init_lora_weights=False
     )
     wrapped = inject_adapter_in_model(config, model).proj
     wrapped.lora_A["default"].weight = nn.Parameter(lora_A.clone())

@@ -17,12 +17,12 @@ CHECKED_ROWS = 64  # of the first tokens and as many of the last: enough for a n
 class Base:
     """One frozen weight W0 [N, K]: its NF4 form, its exact values, and the adapter that belongs to it."""
 
-    def __init__(self, n: int, k: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, n: int, k: int, dtype: torch.dtype, device: torch.device, rank: int = RANK) -> None:
         self.n, self.k, self.dtype, self.device = n, k, dtype, device
         values = (torch.randn(n, k, device=device) * k**-0.5).to(dtype)
         self.nf4 = lk.nf4_quantize(values, BLOCKSIZE)
-        self.lora_A = (torch.randn(RANK, k, device=device) * k**-0.5).to(dtype)  # [r, K]
-        self.lora_B = (torch.randn(n, RANK, device=device) * RANK**-0.5).to(dtype)  # [N, r]
+        self.lora_A = (torch.randn(rank, k, device=device) * k**-0.5).to(dtype)  # [r, K]
+        self.lora_B = (torch.randn(n, rank, device=device) * rank**-0.5).to(dtype)  # [N, r]
         self._truth: Tensor | None = None
 
     def truth(self) -> Tensor:

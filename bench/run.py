@@ -1,7 +1,8 @@
 """Runs the CPU suite and prints its table: `python bench/run.py [--quick | --goals] [--results FOLDER]`.
 
-Instead: --goals measures the goals table against every peer (bench/goals.py), --step a whole fine-tune step
-(bench/finetune_step.py), --compare holds this build against the stored baseline (bench/compare.py).
+Instead: --goals measures the goals table against every peer (bench/goals.py), --all-shapes every shape and
+number of tokens (bench/all_shapes.py), --step a whole fine-tune step (bench/finetune_step.py); --compare
+holds this build against the stored baseline (bench/compare.py).
 
 Raw numbers and table go to bench/results/<processor and cores>/<date>.json and .md. One thread for each
 core this process may use, bound to its core.
@@ -26,6 +27,9 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--goals", action="store_true", help="the goals, against every peer, in 5 minutes")
     parser.add_argument(
+        "--all-shapes", action="store_true", help="every shape and number of tokens, against every peer"
+    )
+    parser.add_argument(
         "--compare", action="store_true", help="this build against the stored baseline (bench/compare.py)"
     )
     arguments, rest = parser.parse_known_args(argv)
@@ -42,6 +46,7 @@ def main(argv: list[str]) -> int:
         "OMP_PLACES": os.environ.get("OMP_PLACES", "cores"),
     }
     modules = {"goals": "bench.goals", "compare": "bench.compare", "step": "bench.finetune_step"}
+    modules["all_shapes"] = "bench.all_shapes"
     module = next((name for flag, name in modules.items() if getattr(arguments, flag)), None)
     if module is not None:
         where = ["--results", str(arguments.results)]

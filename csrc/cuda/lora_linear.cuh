@@ -115,4 +115,24 @@ __device__ __forceinline__ bool last_to_arrive(Global<uint32_t> counter, int cou
   return flag[0] != 0;
 }
 
+// The sum of `count` partial sums of four neighbours, `stride` floats apart, in their order; eight of them on
+// their way at a time.
+__device__ __forceinline__ float4 add_partial(Global<const float> first, int64_t stride, int count) {
+  float4 sum = make_float4(0, 0, 0, 0);
+  for (int s = 0; s < count; s += 8) {
+    float4 four[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (s + i < count) four[i] = cast<const float4>(first + (s + i) * stride)[0];
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (s + i < count) {
+        sum = make_float4(sum.x + four[i].x, sum.y + four[i].y, sum.z + four[i].z, sum.w + four[i].w);
+      }
+    }
+  }
+  return sum;
+}
+
 }  // namespace lk::cuda

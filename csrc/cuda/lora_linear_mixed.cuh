@@ -376,12 +376,15 @@ struct Kernel {
       }
     }
     if (!last_to_arrive(p.counters + tile, p.slices, cast<uint32_t>(shared), thread)) return;
-    for (int i = thread; i < kTokens * kRows; i += kThreads) {
+#pragma unroll 2
+    for (int i = 4 * thread; i < kTokens * kRows; i += 4 * kThreads) {
       const int64_t token = token0 + i / kRows, row = row0 + i % kRows;
       if (token >= p.tokens || row >= p.n) continue;
-      float sum = 0;
-      for (int s = 0; s < p.slices; ++s) sum += p.partial[sums(s) + i];
-      finish<kDtype>(p, row, token, sum);
+      const float4 sum = add_partial(p.partial + (sums(0) + i), kTokens * kRows, p.slices);
+      finish<kDtype>(p, row, token, sum.x);
+      if (row + 1 < p.n) finish<kDtype>(p, row + 1, token, sum.y);
+      if (row + 2 < p.n) finish<kDtype>(p, row + 2, token, sum.z);
+      if (row + 3 < p.n) finish<kDtype>(p, row + 3, token, sum.w);
     }
     for (int i = thread; row_tile == 0 && !p.h_given && i < kTokens * p.rank; i += kThreads) {
       const int64_t token = token0 + i / p.rank;

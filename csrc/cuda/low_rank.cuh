@@ -209,26 +209,6 @@ __device__ __forceinline__ void load_b(uint32_t (&b)[4], Shared<const char> tile
   ptx::ldmatrix_x4(b, tile + tile_place(row + lane % 8 + lane / 16 * 8, piece + lane / 8 % 2));
 }
 
-// The sum of `count` partial sums of four neighbours, `stride` floats apart, in their order; eight of them on
-// their way at a time.
-__device__ __forceinline__ float4 add_partial(Global<const float> first, int64_t stride, int count) {
-  float4 sum = make_float4(0, 0, 0, 0);
-  for (int s = 0; s < count; s += 8) {
-    float4 four[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if (s + i < count) four[i] = cast<const float4>(first + (s + i) * stride)[0];
-    }
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if (s + i < count) {
-        sum = make_float4(sum.x + four[i].x, sum.y + four[i].y, sum.z + four[i].z, sum.w + four[i].w);
-      }
-    }
-  }
-  return sum;
-}
-
 // A number as the output's dtype.
 __device__ __forceinline__ void store_float(Global<void> p, int dtype, int64_t i, float value) {
   if (dtype == LK_F32) {

@@ -49,9 +49,10 @@ def test_a_regression_must_show_in_every_attempt():
 
 
 def test_the_threshold_follows_the_spread():
-    quiet, wild = statistic([1.3, 1.0, 1.0]), statistic([1.1, 0.95, 1.05, 2.0])
+    """The lowest does not count: its yardstick may have been disturbed."""
+    quiet, wild = statistic([1.3, 0.7, 1.0, 1.0]), statistic([1.1, 0.9, 2.0, 0.1])
     assert quiet == (1.0, 0.0) and quiet.threshold == LEAST_THRESHOLD
-    assert wild.ratio == pytest.approx(1.0) and wild.threshold == pytest.approx(THRESHOLD_SPREADS * 0.1)
+    assert wild.ratio == pytest.approx(1.0) and wild.threshold == pytest.approx(THRESHOLD_SPREADS * 0.2)
 
 
 def test_rounds_are_interleaved_and_calls_that_warm_up_are_not_timed():
