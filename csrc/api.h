@@ -20,6 +20,7 @@ typedef enum lk_status {
   LK_NO_STREAM = 3,          // this torch has no current CUDA stream to launch on
   LK_UNSUPPORTED_ISA = 4,    // no such instruction set, or not on this machine
   LK_NO_KERNEL = 5,          // the library has no code for this kernel: it was built for older GPUs only
+  LK_BAD_ARGUMENTS = 6,      // the arguments do not fit together; nothing was done
   LK_LAUNCH_FAILED = 1000,   // 1000 + the cudaError_t of a launch
 } lk_status;
 
@@ -188,6 +189,55 @@ int lk_cuda_lora_linear_backward_dx(const lk_matrix* dy, int64_t tokens, const l
                                     const lk_adapter* adapter, const void* g, void* dx, void* workspace,
                                     uint32_t* counters, void* stream);
 lk_scratch lk_cuda_lora_linear_backward_dx_scratch(int64_t tokens, int64_t out_features, int64_t in_features);
+
+// adamw_step, adamw8bit_step, lion_step, lion8bit_step: one step of pieces of parameters whose state lies in
+// pages (optim_state.h). A page whose header holds `tick` is left alone, with its segments; the header of
+// every other one is set when its segments are done.
+enum { LK_ADAMW = 0, LK_ADAMW8BIT = 1, LK_LION = 2, LK_LION8BIT = 3 };
+enum { LK_NEAREST = 0, LK_STOCHASTIC = 1, LK_KAHAN = 2 };  // the rounding of 16-bit parameters
+
+typedef struct lk_optim_parameter {
+  void* param;       // [n], all of one dtype
+  const void* grad;  // [n] of that dtype or fp32
+  int64_t n;
+  int grad_dtype;
+} lk_optim_parameter;
+
+// A row of the table `segments`: state of elements [first, first + count) of a parameter.
+typedef struct lk_optim_segment {
+  int64_t page, offset;             // offset in bytes, a multiple of 64
+  int64_t parameter, first, count;  // first a multiple of 256
+  int64_t step;                     // of the parameter, from 1
+  int64_t id;                       // of the parameter, for the random stream
+} lk_optim_segment;
+
+typedef struct lk_optim_page {
+  void* data;  // aligned to 64
+  int64_t bytes;
+} lk_optim_page;
+
+typedef struct lk_optim_step {
+  int op, rounding;
+  double lr, beta1, beta2, eps, weight_decay;
+  int64_t seed, tick;
+  int dtype;  // of the parameters
+  const lk_optim_parameter* parameters;
+  int64_t parameter_count;
+  const lk_optim_page* pages;
+  int64_t page_count;
+  const lk_optim_segment* segments;
+  int64_t segment_count;
+} lk_optim_step;
+
+// These check the table, since a check in Python would take longer than a step of many small parameters:
+// LK_BAD_ARGUMENTS where a segment lies outside its page or its parameter.
+int lk_cpu_optim_step(const lk_optim_step* step);
+int lk_cuda_optim_step(const lk_optim_step* step, void* stream);
+
+// The offsets of the parts of a piece (state1, absmax1, state2, absmax2, compensation; -1: none), and its
+// size.
+void lk_optim_state_layout(int op, int64_t count, int dtype, int rounding, int64_t offsets[5],
+                           int64_t* bytes);
 
 // The instruction set of the CPU kernels: the one in use, the highest this machine supports (of "portable",
 // "avx2", "avx512", "avx512bf16", each of which includes those before it), and the choice of another one.

@@ -52,16 +52,16 @@ constexpr std::array<float, kCodes - 1> make_midpoints() {
 }
 inline constexpr std::array<float, kCodes - 1> kMidpoints = make_midpoints();
 
-// The signed 8-bit dynamic map: for each decade 10^(i-6), i = 0..6, the midpoints of a linear grid of 2^i
-// cells on [0.1, 1] with both signs; then 0 and 1. The grid is computed in fp32 with one fused multiply-add a
-// point, counted from the nearer end, because that is how the published 256 values came about (a double holds
-// each product exactly).
-constexpr std::array<float, 256> make_dynamic_map() {
+// The 8-bit dynamic map: for each decade 10^(i-6), i = 0..6, the midpoints of a linear grid on [0.1, 1] of
+// 2^i cells with both signs, or unsigned of 2^(i+1) cells; then 0 and 1. The grid is computed in fp32 with
+// one fused multiply-add a point, counted from the nearer end, because that is how the published 256 values
+// came about (a double holds each product exactly).
+constexpr std::array<float, 256> make_dynamic_map(bool has_sign) {
   std::array<float, 256> map{};
   int used = 0;
   double decade = 1e-6;
   for (int i = 0; i < 7; ++i, decade *= 10) {
-    const int cells = 1 << i;
+    const int cells = has_sign ? 1 << i : 2 << i;
     const float lo = 0.1f, hi = 1.0f, step = (hi - lo) / static_cast<float>(cells);
     const auto point = [&](int j) {
       return j < (cells + 1) / 2 ? static_cast<float>(static_cast<double>(step) * j + lo)
@@ -70,7 +70,7 @@ constexpr std::array<float, 256> make_dynamic_map() {
     for (int j = 0; j < cells; ++j) {
       const float value = static_cast<float>(decade) * ((point(j) + point(j + 1)) / 2.0f);
       map[used++] = value;
-      map[used++] = -value;
+      if (has_sign) map[used++] = -value;
     }
   }
   map[used++] = 0.0f;
@@ -83,6 +83,7 @@ constexpr std::array<float, 256> make_dynamic_map() {
   }
   return map;
 }
-inline constexpr std::array<float, 256> kDynamicMap = make_dynamic_map();
+inline constexpr std::array<float, 256> kDynamicMap = make_dynamic_map(true);           // scales, state1
+inline constexpr std::array<float, 256> kUnsignedDynamicMap = make_dynamic_map(false);  // state2
 
 }  // namespace lk::nf4

@@ -73,7 +73,7 @@ def _without_autocast(function: Callable) -> Callable:
     return run
 
 
-def _define(schema: str, function: Callable, fake: Callable) -> Callable:
+def define_op(schema: str, function: Callable, fake: Callable) -> Callable:
     """Registers the op. Returns its function, for callers that need no dispatcher."""
     name = schema.split("(", 1)[0]
     eager = _without_autocast(function)
@@ -117,7 +117,7 @@ def _nf4_quantize(weight: Tensor, blocksize: int = 64, double_quant: bool = True
     return packed, absmax, nested_absmax, offset
 
 
-_define(
+define_op(
     "nf4_quantize(Tensor weight, int blocksize=64, bool double_quant=True) -> "
     "(Tensor packed, Tensor absmax, Tensor nested_absmax, Tensor offset)",
     _nf4_quantize,
@@ -153,7 +153,7 @@ def _nf4_dequantize(*args) -> Tensor:
     return out
 
 
-_define(
+define_op(
     "nf4_dequantize(Tensor weight, Tensor absmax, Tensor? nested_absmax, Tensor? offset, int blocksize, "
     "SymInt[] shape, ScalarType dtype) -> Tensor",
     _nf4_dequantize,
@@ -197,7 +197,7 @@ def _lora_linear(*args) -> tuple[Tensor, Tensor]:
     return y, h
 
 
-lora_linear = _define(
+lora_linear = define_op(
     f"lora_linear(Tensor x, {_WEIGHT}, SymInt out_features, Tensor? lora_A, Tensor? lora_B, float scaling, "
     "Tensor? bias, float dropout_p, Tensor? rng) -> (Tensor y, Tensor h)",
     _lora_linear,
@@ -279,7 +279,7 @@ def _lora_linear_backward(*args) -> tuple[Tensor, ...]:
     return _present(outputs, dy)
 
 
-lora_linear_backward = _define(
+lora_linear_backward = define_op(
     f"lora_linear_backward(Tensor dy, Tensor? x, Tensor? h, {_WEIGHT}, SymInt in_features, Tensor? lora_A, "
     "Tensor? lora_B, float scaling, float dropout_p, Tensor? rng, bool[] needs) -> "
     "(Tensor dx, Tensor dA, Tensor dB, Tensor dbias)",
@@ -326,7 +326,7 @@ def _lora_linear_batched(*args) -> tuple[Tensor, Tensor]:
     return y, h
 
 
-_define(
+define_op(
     f"lora_linear_batched(Tensor x, {_WEIGHT}, SymInt out_features, Tensor[] lora_A, Tensor[] lora_B, "
     "float[] scaling, Tensor adapter_index, Tensor? bias, float dropout_p, Tensor? rng) -> "
     "(Tensor y, Tensor h)",
@@ -401,7 +401,7 @@ def _lora_linear_batched_backward(*args):
     return _present_lists(dy, dx, dA, dB, dbias)
 
 
-_define(
+define_op(
     f"lora_linear_batched_backward(Tensor dy, Tensor? x, Tensor? h, {_WEIGHT}, SymInt in_features, "
     "Tensor[] lora_A, Tensor[] lora_B, float[] scaling, Tensor adapter_index, float dropout_p, Tensor? rng, "
     "bool[] needs) -> (Tensor dx, Tensor[] dA, Tensor[] dB, Tensor dbias)",
@@ -461,7 +461,7 @@ def _dora_linear(*args) -> tuple[Tensor, Tensor, Tensor]:
     return y, h, norm
 
 
-_define(
+define_op(
     f"dora_linear(Tensor x, {_WEIGHT}, SymInt out_features, Tensor lora_A, Tensor lora_B, Tensor magnitude, "
     "float scaling, Tensor? bias, float dropout_p, Tensor? rng) -> (Tensor y, Tensor h, Tensor norm)",
     _dora_linear,
@@ -528,7 +528,7 @@ def _dora_linear_backward(*args) -> tuple[Tensor, ...]:
     return _present(outputs, dy)
 
 
-_define(
+define_op(
     f"dora_linear_backward(Tensor dy, Tensor x, Tensor h, Tensor norm, {_WEIGHT}, SymInt in_features, "
     "Tensor lora_A, Tensor lora_B, Tensor magnitude, float scaling, float dropout_p, Tensor? rng, "
     "bool[] needs) -> (Tensor dx, Tensor dA, Tensor dB, Tensor dmagnitude, Tensor dbias)",

@@ -141,31 +141,3 @@ def test_dora_linear_with_dropout_is_the_formula_of_its_docstring():
     c = m / norm
     wanted = x @ weight.T + (c - 1) * (dropped @ weight.T) + c * 2.0 * (dropped @ A.T @ B.T)
     torch.testing.assert_close(y, wanted)
-
-
-def test_adamw_step_follows_torch():
-    start = torch.randn(37, 5)
-    theirs = torch.nn.Parameter(start.clone())
-    optimizer = torch.optim.AdamW([theirs], lr=3e-3, betas=(0.9, 0.95), eps=1e-7, weight_decay=0.1)
-    ours, m, v = start.clone(), torch.zeros(37, 5), torch.zeros(37, 5)
-    for step in range(1, 51):
-        theirs.grad = torch.randn(37, 5) + start
-        reference.adamw_step(ours, theirs.grad, m, v, step, 3e-3, 0.9, 0.95, 1e-7, 0.1)
-        optimizer.step()
-    torch.testing.assert_close(ours, theirs.data, rtol=1e-5, atol=1e-6)
-
-
-def test_adamw8bit_step_stays_near_the_32_bit_trajectory():
-    n, blocks = 1000, 4
-    target = torch.randn(n)
-    wide, narrow = torch.zeros(n), torch.zeros(n)
-    m, v = torch.zeros(n), torch.zeros(n)
-    zero = (reference.dynamic_map() == 0).nonzero().item()
-    state = [torch.full((n,), zero, dtype=torch.uint8), torch.zeros(n, dtype=torch.uint8)]
-    absmax = [torch.zeros(blocks), torch.zeros(blocks)]
-    for step in range(1, 101):
-        noise = 0.1 * torch.randn(n)
-        reference.adamw_step(wide, wide - target + noise, m, v, step, 1e-2)
-        reference.adamw8bit_step(narrow, narrow - target + noise, *state, *absmax, step, 1e-2)
-    assert (narrow - wide).norm() / wide.norm() < 0.05
-    assert (wide - target).norm() < 0.7 * target.norm()  # both really moved

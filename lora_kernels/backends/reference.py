@@ -1,10 +1,14 @@
 """The specification as a backend: what `lora_kernels.reference` returns, copied into the outputs."""
 
+import functools
+
 import torch
 from torch import Tensor
 
-from lora_kernels import reference
+from lora_kernels import reference, reference_optim
 from lora_kernels.base_weight import BaseWeight
+from lora_kernels.checks_optim import check_step
+from lora_kernels.optim_state import OPS
 
 
 def _dense(base: BaseWeight, dtype: torch.dtype) -> Tensor:
@@ -179,6 +183,15 @@ def dora_linear_backward(
     arguments = (lora_A, lora_B, magnitude, scaling, dropout_p, rng)
     results = reference.dora_linear_backward(dy, x, h, norm, _dense(base, dy.dtype), *arguments)
     _copy((dx, dA, dB, dmagnitude, dbias), results)
+
+
+def _step(op: str, params, grads, pages, segments: Tensor, tick: int, h: reference_optim.Hyper) -> bool:
+    check_step(op, params, grads, pages, segments, h.rounding)
+    reference_optim.step_pages(op, params, grads, pages, segments, tick, h)
+    return True
+
+
+adamw_step, adamw8bit_step, lion_step, lion8bit_step = (functools.partial(_step, op) for op in OPS)
 
 
 def explain(base: BaseWeight, tokens: int, dtype: torch.dtype) -> list[str]:
