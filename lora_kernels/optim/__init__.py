@@ -1,6 +1,7 @@
 """Optimizers for adapters."""
 
-from lora_kernels import ops_optim  # noqa: F401  registers torch.ops.lora_kernels.adamw_step and the others
 from lora_kernels.optim.lora_plus import lora_plus_groups
+from lora_kernels.optim.paged_adamw import AdamW, PagedAdamW, PagedAdamW8bit
+from lora_kernels.optim.paged_lion import PagedLion, PagedLion8bit
 
-__all__ = ["lora_plus_groups"]
+__all__ = ["AdamW", "PagedAdamW", "PagedAdamW8bit", "PagedLion", "PagedLion8bit", "lora_plus_groups"]

@@ -1,0 +1,336 @@
+"""Optimizers whose state lives in pages: packed, resident up to a budget, the rest in a file or in host
+memory."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_kernels import ops_optim, optim_state
+from lora_kernels.optim import state_format
+from lora_kernels.optim.paged_state import PagedState, Run
+from lora_kernels.optim.sharded import local_of
+
+__all__ = ["MIN_8BIT_SIZE", "PagedOptimizer"]
+
+PAGE_BYTES = 2 << 20
+LEAST_PAGE_BYTES = 64 << 10
+PAGES_OF_A_BUDGET = 8  # of a small one: pages become smaller, so that some come while others are updated
+MIN_8BIT_SIZE = 4096  # smaller parameters keep 32-bit state, as bitsandbytes has it
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class PagedOptimizer(torch.optim.Optimizer):
+    """What PagedAdamW and PagedLion have in common; not an optimizer by itself.
+
+    A step takes the pages of state run by run: it brings in the next ones while one run is updated, and
+    writes back behind it. Which pages were resident changes when bytes move, never what is computed. Every
+    page carries the number of the step that it was last updated for, written by the kernel in the same call
+    as the update: a step that an exception has cut short is completed by the next call, and no page is
+    updated twice for it.
+
+    Args:
+        ops: the kernels for 32-bit and for 8-bit state, names in the namespace of lora_kernels' ops.
+        states: torch's names of the states.
+        state_bits: 32, or 8: block-wise, in blocks of 256, for parameters of at least min_8bit_size elements.
+        rounding: of 16-bit parameters: "nearest"; "stochastic", unbiased, by Philox from `seed`; or
+            "kahan", with a compensation of the parameter's size and dtype beside its state.
+        resident_bytes: how much state may be in each device's memory at once. None: on a GPU what a pass
+            needs (8 pages), on a CPU everything. Rounded up to whole pages, 2 at least.
+        page_bytes: a power of two, at least 64 KiB. None: 2 MiB, less where the budget has no room for 8 of
+            them.
+        directory: of the backing file of a CPU's pages; None: the system's folder for temporary files. The
+            file has no name: nothing is left, whatever ends the process.
+        seed: of stochastic rounding.
+        paged: False keeps everything resident.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        defaults: dict[str, Any],
+        *,
+        ops: tuple[str, str],
+        states: tuple[str, ...],
+        state_bits: int,
+        rounding: str,
+        resident_bytes: int | None,
+        page_bytes: int | None,
+        directory: str | Path | None,
+        min_8bit_size: int,
+        seed: int,
+        paged: bool = True,
+    ) -> None:
+        if state_bits not in (8, 32):
+            raise ValueError(f"state_bits is {state_bits}, expected 8 or 32")
+        if rounding not in optim_state.ROUNDINGS:
+            raise ValueError(f"rounding is {rounding!r}, expected one of {', '.join(optim_state.ROUNDINGS)}")
+        if resident_bytes is not None and resident_bytes <= 0:
+            raise ValueError(f"resident_bytes is {resident_bytes}, expected a number of bytes > 0, or None")
+        if page_bytes is not None and (page_bytes < LEAST_PAGE_BYTES or page_bytes & (page_bytes - 1)):
+            raise ValueError(
+                f"page_bytes is {page_bytes}, expected a power of two of at least {LEAST_PAGE_BYTES}"
+            )
+        if min_8bit_size < 0:
+            raise ValueError(f"min_8bit_size is {min_8bit_size}, expected a number >= 0")
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed is {seed}, expected an integer from 0 to 2^63 - 1")
+        self._settings = {
+            "page_bytes": page_bytes or _page_bytes(resident_bytes),
+            "resident_bytes": resident_bytes,
+            "directory": None if directory is None else str(directory),
+            "rounding": rounding,
+            "paged": paged,
+        }
+        self._ops, self._states, self._state_bits = ops, states, state_bits
+        self._rounding, self._min_8bit_size, self._seed = rounding, min_8bit_size, seed
+        self._reset()
+        super().__init__(params, defaults)
+
+    def _reset(self) -> None:
+        self._paged_state = PagedState(**self._settings)
+        self._steps: dict[Tensor, int] = {}  # each parameter's last whole step
+        self._tick = 0  # of the pages: the last whole step of the optimizer
+        self._pending: dict[Tensor, int] | None = None  # of a step that has begun: each parameter's number
+
+    # ---- the step ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update of every parameter that has a gradient.
+
+        Where an exception has cut the last call short, this one completes its step, with the gradients as
+        they are now, and begins no other.
+
+        Raises:
+            RuntimeError: a sparse gradient.
+            TypeError: a parameter that is not float32, bfloat16 or float16.
+            OSError: the backing file's disk is full, or the file was damaged.
+            MemoryError: no memory for a page.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._pending is None:
+            self._pending = self._begin()
+        elif any(p.grad is None for p in self._pending):
+            raise RuntimeError(
+                "the last step was cut short, and a parameter of it has no gradient any more: compute "
+                "gradients again and call step() to complete it"
+            )
+        try:
+            self._pass()
+        except (torch.OutOfMemoryError, MemoryError):
+            self.evict()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self._pass()
+        self._end()
+        return loss
+
+    def _begin(self) -> dict[Tensor, int]:
+        """The parameters that have a step to make, all with room for their state, and the step's number."""
+        steps: dict[Tensor, int] = {}
+        number = -1
+        for index, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                number += 1
+                if p.grad is None:
+                    continue
+                if p.grad.layout != torch.strided:
+                    raise RuntimeError(
+                        f"{type(self).__name__} does not take sparse gradients, and a parameter of shape "
+                        f"{tuple(p.shape)} has one; torch.optim.SparseAdam does"
+                    )
+                if p not in self._paged_state:
+                    self._place(p, index, number)
+                steps[p] = self._steps.get(p, 0) + 1
+        return steps
+
+    def _place(self, parameter: Tensor, group: int, number: int) -> None:
+        if parameter.dtype not in DTYPES:
+            raise TypeError(
+                f"{type(self).__name__} got a parameter of {parameter.dtype}, expected float32, bfloat16 or "
+                "float16"
+            )
+        small = self._state_bits == 32 or parameter.numel() < self._min_8bit_size
+        op = self._ops[0 if small else 1]
+        self._paged_state.place(parameter, local_of(parameter), op, group, number)
+
+    def _pass(self) -> None:
+        """Updates the pages that have not been for this step; the kernel knows which."""
+        assert self._pending is not None
+        runs = [run.of(self._pending) for run in self._paged_state.runs(backwards=self._tick % 2 == 1)]
+        waiting = [run for run in runs if run is not None]
+        for at, run in enumerate(waiting):
+            following = waiting[at + 1 :]
+            with self._paged_state.pinned(run) as pages:
+                self._paged_state.prefetch(following)
+                self._update(run, pages)
+            self._paged_state.write_back(run, following)
+
+    def _update(self, run: Run, pages: list[Tensor]) -> None:
+        targets = [local_of(p) for p in run.parameters]
+        gradients = [local_of(p.grad).reshape(-1) for p in run.parameters]
+        parameters = [t.reshape(-1) for t in targets]  # views, but for what is not contiguous
+        getattr(ops_optim, run.arena.op)(
+            *(parameters, gradients, pages, run.segments, self._tick + 1),
+            *self._hyperparameters(self.param_groups[run.arena.group]),
+            *(self._rounding, self._seed),
+        )
+        for target, updated in zip(targets, parameters, strict=True):
+            if not target.is_contiguous():
+                target.copy_(updated.view(target.shape))
+        torch.autograd.graph.increment_version(run.parameters)
+
+    def _end(self) -> None:
+        assert self._pending is not None
+        for p in self._pending:
+            if p not in self.state:
+                self.state[p]["step"] = torch.tensor(float(self._steps.get(p, 0)))
+        counts = [self.state[p]["step"] for p in self._pending]
+        if counts:
+            torch._foreach_add_(counts, 1.0)
+        self._steps.update(self._pending)
+        self._tick += 1
+        self._pending = None
+
+    def _hyperparameters(self, group: dict[str, Any]) -> tuple[float, ...]:
+        """What the kernel takes, in its order: lr, beta1, beta2, eps where it has one, weight_decay."""
+        raise NotImplementedError
+
+    # ---- memory --------------------------------------------------------------------------------------------
+
+    def evict(self) -> int:
+        """Takes all state out of the devices' memory, into the file or host memory. Returns the bytes.
+
+        The next step brings in what it needs. Does nothing for a CPU's state without a budget: it has no
+        file.
+        """
+        return self._paged_state.evict()
+
+    def stats(self) -> dict[str, float]:
+        """Of all devices together: pages, resident_bytes, peak_resident_bytes, host_bytes, faults, evictions,
+        bytes_read, bytes_written, stalled_s (seconds that steps have waited for pages)."""
+        return self._paged_state.stats()
+
+    def close(self) -> None:
+        """Gives back all memory and the file. The optimizer then has no state, as when it was new."""
+        self._paged_state.close()
+        self.state.clear()
+        self._reset()
+
+    # ---- saving and loading --------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim.AdamW has it, or with state_bits=8 as bitsandbytes' 8-bit optimizers do, so that
+        either can load it. The tensors are copies, on the parameters' devices; DTensors where the
+        parameters are, and then 8-bit state is given as float32.
+
+        Raises:
+            RuntimeError: a step was cut short. Call step() first: a state in the middle of a step is
+                nobody's.
+        """
+        if self._pending is not None:
+            raise RuntimeError("the last step was cut short: call step() to complete it before saving")
+        packed = super().state_dict()
+        packed["state"] = {}
+        for name, p in zip(_names(packed), _parameters(self.param_groups), strict=True):
+            if p in self._steps:
+                parts = self._paged_state.read(p)
+                packed["state"][name] = state_format.entry_of(
+                    p, parts, self._states, self._state_bits, self._steps[p]
+                )
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads the state of this optimizer, of torch's AdamW, or of bitsandbytes' with 32-bit or 8-bit
+        state.
+
+        It is converted to this optimizer's kind of state; 8-bit state stays as it is, byte for byte. Paging
+        goes on as it was set up here.
+
+        Raises:
+            ValueError: groups or shapes that are not this optimizer's, or state that it does not know. The
+                optimizer is then as it was before.
+        """
+        entries = {k: state_format.flattened(v) for k, v in state_dict["state"].items()}
+        for group in state_dict["param_groups"]:
+            for option in ("amsgrad", "maximize"):
+                if group.get(option):
+                    raise ValueError(
+                        f"state_dict: it is of an optimizer with {option}=True, which "
+                        f"{type(self).__name__} does not have"
+                    )
+        names, parameters = _names(state_dict), _parameters(self.param_groups)
+        if len(names) == len(parameters):  # else the base class says what is wrong
+            steps = {p: entries[n] for n, p in zip(names, parameters, strict=True) if n in entries}
+            for p, entry in steps.items():
+                self._values_of(p, entry)  # all of it is sound before any of it is loaded
+        light = {n: {"step": torch.tensor(float(state_format.step_of(e)))} for n, e in entries.items()}
+        super().load_state_dict({**state_dict, "state": light})
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+        self._load({p: entries[n] for n, p in zip(names, parameters, strict=True) if n in entries})
+
+    def _values_of(self, parameter: Tensor, entry: dict[str, Any]) -> dict[str, Tensor]:
+        eight = self._state_bits == 8 and parameter.numel() >= self._min_8bit_size
+        return state_format.values_of(parameter, entry, self._states, eight)
+
+    def _load(self, entries: dict[Tensor, dict[str, Any]]) -> None:
+        self._paged_state.close()
+        tick = self._tick
+        self._reset()
+        self._tick = tick
+        number = -1
+        for index, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                number += 1
+                if p in entries:
+                    self._place(p, index, number)
+                    self._paged_state.write(p, self._values_of(p, entries[p]))
+                    self._steps[p] = state_format.step_of(entries[p])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copy: the settings and all state, out of its pages."""
+        entries = self.state_dict()["state"]
+        own = {name: value for name, value in vars(self).items() if name in _SETTINGS}
+        return {**super().__getstate__(), "_own": own, "_entries": entries}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        own, entries = state.pop("_own", None), state.pop("_entries", None)
+        super().__setstate__(state)
+        if own is None:  # called by load_state_dict
+            return
+        vars(self).update(own)
+        tick = self._tick
+        self._reset()
+        self._tick = tick
+        parameters = _parameters(self.param_groups)
+        self._load({parameters[name]: state_format.flattened(entry) for name, entry in entries.items()})
+
+
+_SETTINGS = (
+    *("_settings", "_ops", "_states", "_state_bits", "_rounding", "_min_8bit_size", "_seed", "_tick"),
+)
+
+
+def _page_bytes(resident_bytes: int | None) -> int:
+    page_bytes = PAGE_BYTES
+    while resident_bytes is not None and page_bytes > max(
+        LEAST_PAGE_BYTES, resident_bytes // PAGES_OF_A_BUDGET
+    ):
+        page_bytes //= 2
+    return page_bytes
+
+
+def _names(state_dict: dict[str, Any]) -> list[Any]:
+    return [name for group in state_dict["param_groups"] for name in group["params"]]
+
+
+def _parameters(groups: list[dict[str, Any]]) -> list[Tensor]:
+    return [p for group in groups for p in group["params"]]

@@ -1,0 +1,103 @@
+"""AdamW with paged state."""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lora_kernels.optim.paged import MIN_8BIT_SIZE, PagedOptimizer
+
+__all__ = ["AdamW", "PagedAdamW", "PagedAdamW8bit"]
+
+
+def check_hyperparameters(group: dict[str, Any]) -> None:
+    """Raises ValueError naming the one that cannot be."""
+    lr, betas, decay = float(group["lr"]), group["betas"], group["weight_decay"]
+    if not (math.isfinite(lr) and lr >= 0):
+        raise ValueError(f"lr is {lr}, expected a number >= 0")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas is {betas}, expected two numbers in [0, 1)")
+    if not (math.isfinite(decay) and decay >= 0):
+        raise ValueError(f"weight_decay is {decay}, expected a number >= 0")
+    eps = group.get("eps", 1.0)
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"eps is {eps}, expected a number >= 0")
+
+
+class PagedAdamW(PagedOptimizer):
+    """AdamW whose state never competes with activations for memory.
+
+    With g the gradient, t the step of the parameter, fp32 arithmetic:
+
+        p ← p·(1 - lr·weight_decay)
+        m ← β1·m + (1-β1)·g,  v ← β2·v + (1-β2)·g²
+        p ← p - lr/(1-β1ᵗ) · m / (√v/√(1-β2ᵗ) + eps)
+
+    as torch.optim.AdamW computes it (Loshchilov and Hutter 2019).
+
+    Args:
+        params: parameters or groups, as every optimizer of torch takes them. Each group may have its own lr,
+            betas, eps, weight_decay.
+        state_bits: 32 or 8 (Dettmers et al. 2022: block-wise dynamic quantisation, blocks of 256).
+        rounding, resident_bytes, page_bytes, directory: see PagedOptimizer.
+        seed: of stochastic rounding.
+
+    Raises:
+        ValueError: a hyperparameter out of range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        state_bits: int = 32,
+        rounding: str = "nearest",
+        resident_bytes: int | None = None,
+        page_bytes: int | None = None,
+        directory: str | Path | None = None,
+        min_8bit_size: int = MIN_8BIT_SIZE,
+        seed: int = 0,
+        _paged: bool = True,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        check_hyperparameters(defaults)
+        super().__init__(
+            params,
+            defaults,
+            ops=("adamw_step", "adamw8bit_step"),
+            states=("exp_avg", "exp_avg_sq"),
+            state_bits=state_bits,
+            rounding=rounding,
+            resident_bytes=resident_bytes,
+            page_bytes=page_bytes,
+            directory=directory,
+            min_8bit_size=min_8bit_size,
+            seed=seed,
+            paged=_paged,
+        )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        check_hyperparameters({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    def _hyperparameters(self, group: dict[str, Any]) -> tuple[float, ...]:
+        beta1, beta2 = group["betas"]
+        return float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"]
+
+
+class PagedAdamW8bit(PagedAdamW):
+    """PagedAdamW with state_bits=8, under the name that bitsandbytes has for it."""
+
+    def __init__(self, params: Iterable[Any], lr: float = 1e-3, **options: Any) -> None:
+        super().__init__(params, lr, **{"state_bits": 8, **options})
+
+
+class AdamW(PagedAdamW):
+    """The same kernels and packed state without paging: everything stays resident."""
+
+    def __init__(self, params: Iterable[Any], lr: float = 1e-3, **options: Any) -> None:
+        super().__init__(params, lr, **options, _paged=False)

@@ -1,0 +1,300 @@
+"""Where a paged optimizer's state lies: parameters cut into pieces, pieces packed into pages, pages taken
+in runs."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_kernels import optim_state
+from lora_kernels._paging import Pager
+from lora_kernels.checks_optim import COLUMNS
+
+__all__ = ["PagedState", "Run"]
+
+PREFETCHED_RUNS = 2  # ahead of the one that is updated
+PAGES_OF_A_PASS = 8  # of a GPU's default budget: a run in use, those that come, those that leave
+MOST_PAGES_OF_A_RUN = 64  # 128 MiB of state in one launch
+MOST_PAGES_OF_A_PAGED_RUN = 16  # the first run of a pass is waited for
+PARAMETER, STEP = COLUMNS.index("parameter"), COLUMNS.index("step")
+
+
+class Arena(NamedTuple):
+    """What shares pages: state of one kind, of parameters of one group and dtype, on one device."""
+
+    device: torch.device
+    op: str  # the kernel that updates it
+    group: int
+    dtype: torch.dtype
+
+
+class Piece(NamedTuple):
+    """Elements [first, first + count) of a parameter, in row-major order, and where their state is."""
+
+    page: int
+    offset: int  # bytes from the page's start
+    first: int
+    count: int
+
+
+class Run(NamedTuple):
+    """Pages that one call of the kernel updates."""
+
+    arena: Arena
+    pages: tuple[int, ...]
+    parameters: tuple[Tensor, ...]
+    segments: Tensor  # int64 [S, 7]; the column of steps is to be filled in
+
+    def of(self, steps: Mapping[Tensor, int]) -> "Run | None":
+        """What of it has a step to make, with the numbers of the steps; None where nothing has."""
+        run = self
+        if not all(p in steps for p in self.parameters):
+            kept = [i for i, p in enumerate(self.parameters) if p in steps]
+            if not kept:
+                return None
+            renumbered = torch.full((len(self.parameters),), -1)
+            renumbered[kept] = torch.arange(len(kept))
+            index = renumbered[self.segments[:, PARAMETER]]
+            segments = self.segments[index >= 0].clone()
+            segments[:, PARAMETER] = index[index >= 0]
+            run = self._replace(parameters=tuple(self.parameters[i] for i in kept), segments=segments)
+        numbers = torch.tensor([steps[p] for p in run.parameters])
+        run.segments[:, STEP] = numbers[run.segments[:, PARAMETER]]
+        return run
+
+
+class _DeviceBytes:
+    """Device memory as torch.as_tensor takes it without a copy."""
+
+    def __init__(self, address: int, size: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (size,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 2,
+        }
+
+
+class PagedState:
+    """The state of an optimizer's parameters, by pages.
+
+    Args:
+        page_bytes, directory: see lora_kernels.optim.PagedOptimizer.
+        resident_bytes: for each device; None: all of it on a CPU, PAGES_OF_A_PASS pages on a GPU.
+        paged: False keeps everything resident on every device.
+        rounding: of the parameters; "kahan" keeps a compensation beside the state.
+    """
+
+    def __init__(
+        self,
+        page_bytes: int,
+        resident_bytes: int | None,
+        directory: str | None,
+        rounding: str,
+        *,
+        paged: bool = True,
+    ) -> None:
+        self.page_bytes, self.resident_bytes, self.directory = page_bytes, resident_bytes, directory
+        self.rounding, self.paged = rounding, paged
+        self._pagers: dict[torch.device, Pager] = {}
+        self._arenas: dict[Arena, list[int]] = {}  # each arena's pages
+        self._entries: dict[tuple[torch.device, int], list[tuple[Tensor, Piece]]] = {}
+        self._homes: dict[Tensor, tuple[Arena, list[Piece]]] = {}
+        self._numbers: dict[Tensor, int] = {}
+        self._runs: list[Run] | None = None
+
+    def __contains__(self, parameter: Tensor) -> bool:
+        return parameter in self._homes
+
+    def op_of(self, parameter: Tensor) -> str:
+        """The kernel that updates a parameter that is in it."""
+        return self._homes[parameter][0].op
+
+    def place(self, parameter: Tensor, local: Tensor, op: str, group: int, number: int) -> None:
+        """Makes room for the state of a parameter, zeros, in as few pages as there are.
+
+        Args:
+            local: the parameter, or this process's part of it.
+            number: of the parameter among the optimizer's, for the random stream.
+        """
+        arena = Arena(local.device, op, group, local.dtype)
+        pager = self._pager(local.device)
+        arena_number = list(self._arenas).index(arena) if arena in self._arenas else len(self._arenas)
+        pages = self._arenas.setdefault(arena, [])
+        pieces: list[Piece] = []
+        first, left = 0, local.numel()
+        while left > 0:
+            count = self._fitting(arena, left, pager.room(arena_number))
+            if count == 0:
+                count = self._fitting(arena, left, self.page_bytes - optim_state.HEADER_BYTES)
+            page, offset = pager.allocate(arena_number, self._bytes(arena, count))
+            piece = Piece(page, offset, first, count)
+            if not pages or pages[-1] != page:
+                pages.append(page)
+            self._entries.setdefault((local.device, page), []).append((parameter, piece))
+            pieces.append(piece)
+            first, left = first + count, left - count
+        self._homes[parameter] = arena, pieces
+        self._numbers[parameter] = number
+        self._runs = None
+
+    def runs(self, backwards: bool) -> list[Run]:
+        """All pages in the order of a pass. Every other pass goes back the way that the last one came, so
+        that it begins with what is resident."""
+        if self._runs is None:
+            self._runs = []
+            for arena, pages in self._arenas.items():
+                length = self._run_length(arena.device)
+                for at in range(0, len(pages), length):
+                    self._runs.append(self._run(arena, tuple(pages[at : at + length])))
+        return self._runs[::-1] if backwards else self._runs
+
+    @contextmanager
+    def pinned(self, run: Run) -> Iterator[list[Tensor]]:
+        """The bytes of a run's pages, for a kernel that changes them on the current stream."""
+        device = run.arena.device
+        pager, stream = self._pagers[device], _stream(device)
+        taken: list[int] = []
+        try:
+            for page in run.pages:
+                pager.pin(page, stream)
+                taken.append(page)
+            yield [self._bytes_of(device, page) for page in run.pages]
+        finally:
+            for page in taken:
+                pager.unpin(page, True, stream)
+
+    def prefetch(self, following: Sequence[Run]) -> None:
+        """Begins to bring in the first of the runs that follow."""
+        for run in following[:PREFETCHED_RUNS]:
+            pager = self._pagers[run.arena.device]
+            if pager.resident_limit is None:
+                continue
+            room = pager.resident_limit // self.page_bytes - pager.stats()["pinned"]
+            for page in run.pages[: max(0, room)]:
+                pager.prefetch(page)
+
+    def write_back(self, run: Run, following: Sequence[Run]) -> None:
+        """Begins to write what was updated, where it will have to leave before this pass is over."""
+        device = run.arena.device
+        pager = self._pagers[device]
+        if pager.resident_limit is None:
+            return
+        behind = sum(len(other.pages) for other in following if other.arena.device == device)
+        if behind + len(run.pages) > pager.resident_limit // self.page_bytes:
+            for page in run.pages:
+                pager.write_back(page)
+
+    def read(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Copies of the parts of a parameter's state, flat, by the names of optim_state_parts."""
+        arena, pieces = self._homes[parameter]
+        parts: dict[str, list[Tensor]] = {}
+        for piece in pieces:
+            with self._piece(arena, piece, dirty=False) as memory:
+                for part in self._parts(arena, piece):
+                    copy = memory[part.offset : part.offset + part.bytes].clone()
+                    parts.setdefault(part.name, []).append(copy.view(part.dtype))
+        if not pieces:
+            return {part.name: torch.empty(0, dtype=part.dtype) for part in self._parts(arena, None)}
+        return {name: torch.cat(copies) for name, copies in parts.items()}
+
+    def write(self, parameter: Tensor, values: Mapping[str, Tensor]) -> None:
+        """Puts parts, as read() gives them, into the pages. What is not in `values` stays as it is."""
+        arena, pieces = self._homes[parameter]
+        for piece in pieces:
+            with self._piece(arena, piece, dirty=True) as memory:
+                for part in self._parts(arena, piece):
+                    if part.name not in values:
+                        continue
+                    first, last = piece.first, piece.first + piece.count
+                    if part.name.startswith("absmax"):
+                        first, last = first // optim_state.BLOCK, -(-last // optim_state.BLOCK)
+                    source = values[part.name][first:last].to(arena.device, part.dtype).contiguous()
+                    memory[part.offset : part.offset + part.bytes].copy_(source.view(torch.uint8))
+
+    def evict(self) -> int:
+        """Takes all state out of the devices' memory. Returns the bytes."""
+        return sum(pager.evict() for pager in self._pagers.values())
+
+    def stats(self) -> dict[str, float]:
+        """The sums of all pagers' statistics."""
+        total: dict[str, float] = {}
+        for pager in self._pagers.values():
+            for name, value in pager.stats().items():
+                total[name] = total.get(name, 0) + value
+        return total
+
+    def close(self) -> None:
+        """Gives back all memory and the files."""
+        for pager in self._pagers.values():
+            pager.close()
+        self._pagers, self._arenas, self._entries, self._homes, self._numbers = {}, {}, {}, {}, {}
+        self._runs = None
+
+    # ---- pages ---------------------------------------------------------------------------------------------
+
+    def _pager(self, device: torch.device) -> Pager:
+        if device not in self._pagers:
+            resident = self.resident_bytes if self.paged else None
+            if resident is None and self.paged and device.type == "cuda":
+                resident = PAGES_OF_A_PASS * self.page_bytes
+            self._pagers[device] = Pager(str(device), self.page_bytes, resident, self.directory)
+        return self._pagers[device]
+
+    def _run_length(self, device: torch.device) -> int:
+        """Pages of a run: one run is updated while others come and leave within the same budget."""
+        limit = self._pagers[device].resident_limit
+        if limit is None:
+            return MOST_PAGES_OF_A_RUN
+        return max(1, min(MOST_PAGES_OF_A_PAGED_RUN, limit // self.page_bytes // (2 + PREFETCHED_RUNS)))
+
+    def _run(self, arena: Arena, pages: tuple[int, ...]) -> Run:
+        index: dict[Tensor, int] = {}
+        rows = [
+            (i, piece.offset, index.setdefault(p, len(index)), piece.first, piece.count, 0, self._numbers[p])
+            for i, page in enumerate(pages)
+            for p, piece in self._entries[arena.device, page]
+        ]
+        return Run(arena, pages, tuple(index), torch.tensor(rows, dtype=torch.int64).reshape(-1, 7))
+
+    def _bytes(self, arena: Arena, count: int) -> int:
+        return optim_state.optim_state_bytes(arena.op, count, arena.dtype, self.rounding)
+
+    def _fitting(self, arena: Arena, left: int, room: int) -> int:
+        """How many of `left` elements have state that fits: all, or a multiple of BLOCK."""
+        if self._bytes(arena, left) <= room:
+            return left
+        low, high = 0, left // optim_state.BLOCK  # blocks: low fit, high + 1 do not
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = self._bytes(arena, middle * optim_state.BLOCK) <= room
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return low * optim_state.BLOCK
+
+    def _bytes_of(self, device: torch.device, page: int) -> Tensor:
+        """A pinned page's memory, uint8 [page_bytes]."""
+        pager = self._pagers[device]
+        if device.type == "cpu":
+            return torch.frombuffer(pager.view(page), dtype=torch.uint8)
+        return torch.as_tensor(_DeviceBytes(pager.address(page), self.page_bytes), device=device)
+
+    def _parts(self, arena: Arena, piece: Piece | None) -> list[optim_state.Part]:
+        count = 0 if piece is None else piece.count
+        return optim_state.optim_state_parts(arena.op, count, arena.dtype, self.rounding)
+
+    @contextmanager
+    def _piece(self, arena: Arena, piece: Piece, dirty: bool) -> Iterator[Tensor]:
+        """The bytes of one piece."""
+        pager, stream = self._pagers[arena.device], _stream(arena.device)
+        pager.pin(piece.page, stream)
+        try:
+            memory = self._bytes_of(arena.device, piece.page)
+            yield memory[piece.offset : piece.offset + self._bytes(arena, piece.count)]
+        finally:
+            pager.unpin(piece.page, dirty, stream)
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
