@@ -32,7 +32,9 @@ class MappedMemory : public PageMemory {
   void zero(Frame& frame) override;
   void begin_use(Frame&, Stream) override {}
   void end_use(Frame&, Stream) override {}
-  void finish(Frame&) override {}
+  std::function<void()> copies() override {
+    return [] {};
+  }
   bool busy(Frame&) override { return false; }
   double stalled_seconds() override { return 0; }
   void reset_stalled() override {}
@@ -51,6 +53,7 @@ class FileStore : public BackingStore {
   void reserve(int page) override;
   void release(int page) override;
   std::int64_t reserved_bytes() const override;
+  bool busy(int) override { return false; }
   std::uint64_t write(int page, Frame& frame) override;
   void read(int page, Frame& frame, std::uint64_t checksum) override;
   void abandon() override;

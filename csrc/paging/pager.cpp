@@ -508,25 +508,28 @@ std::int64_t Pager::evict() {
       page = nullptr;
     }
   }
+  leaving.erase(std::remove(leaving.begin(), leaving.end(), nullptr), leaving.end());
+  try {
+    const std::function<void()> copies = device_.memory->copies();
+    lock.unlock();
+    copies();
+    lock.lock();
+  } catch (...) {
+    if (!lock.owns_lock()) lock.lock();
+    for (Page* page : leaving) {
+      page->dirty = true;  // perhaps: which copy failed is not known
+      keep(*page);
+    }
+    leaving.clear();
+  }
   std::int64_t bytes = 0;
   for (Page* page : leaving) {
-    if (page == nullptr) continue;
-    try {
-      lock.unlock();
-      device_.memory->finish(*page->frame);
-      lock.lock();
-    } catch (...) {
-      lock.lock();
-      page->dirty = true;
-      keep(*page);
-      continue;
-    }
     page->activity = Activity::idle;
     drop_frame(*page);
     ++evictions_;
     bytes += page_bytes_;
-    changed_.notify_all();
   }
+  changed_.notify_all();
   if (error) std::rethrow_exception(error);
   return bytes;
 }
@@ -537,22 +540,15 @@ void Pager::wait() {
   stall.start();
   while (!queue_.empty() || running_) wait_for_change(lock);
   if (!device_.synchronous) {
-    std::vector<std::shared_ptr<Frame>> frames;
-    for (const Page* page : table_.all()) {
-      if (page->frame) frames.push_back(page->frame);
-    }
-    ++waiting_;
+    const std::function<void()> copies = device_.memory->copies();
     lock.unlock();
     std::exception_ptr error;
     try {
-      for (const auto& frame : frames) device_.memory->finish(*frame);
+      copies();
     } catch (...) {
       error = std::current_exception();
     }
-    frames.clear();
     lock.lock();
-    --waiting_;
-    changed_.notify_all();
     if (error) std::rethrow_exception(error);
   }
   for (Page* page : table_.all()) raise_error_of(*page);
@@ -565,7 +561,8 @@ std::vector<PageInfo> Pager::pages() {
   const Lock lock = enter();
   std::vector<PageInfo> found;
   for (const Page* page : table_.all()) {
-    const bool moving = page->moving() || (page->frame && device_.memory->busy(*page->frame));
+    const bool moving = page->moving() || (page->frame && device_.memory->busy(*page->frame)) ||
+                        device_.store->busy(page->number);
     found.push_back({page->number,
                      moving        ? "in flight"
                      : page->frame ? "resident"
@@ -621,7 +618,7 @@ void Pager::close() {
     lock.lock();
   }
   // Other threads may be reading or writing a page for a pin of theirs.
-  changed_.wait(lock, [this] { return !anything_moves() && waiting_ == 0; });
+  changed_.wait(lock, [this] { return !anything_moves(); });
   for (Page* page : table_.all()) {
     if (page->frame) drop_frame(*page);
   }

@@ -123,7 +123,6 @@ class Pager {
   std::deque<Job> queue_;
   std::thread thread_;
   bool running_ = false;  // the background is at a job
-  int waiting_ = 0;       // threads in wait() that use the device without the lock
   bool closed_ = false;
   bool torn_down_ = false;
 

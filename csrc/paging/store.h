@@ -6,12 +6,13 @@
 //                 never two at once for one page.
 //   by streams    read() and write() only enqueue; the frame remembers the events that whoever touches it
 //   next
-//                 must wait for. Everything is called under the pager's lock but finish().
+//                 must wait for. Everything is called under the pager's lock but the function that copies()
+//                 returns.
 #pragma once
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
-#include <vector>
 
 namespace lk::paging {
 
@@ -34,8 +35,7 @@ class PageMemory {
  public:
   virtual ~PageMemory() = default;
 
-  // A new frame, contents undefined where `zeroes_frames` is false; null where the system has no memory left.
-  virtual std::shared_ptr<Frame> take() = 0;
+  virtual std::shared_ptr<Frame> take() = 0;  // a new one; null where the system has no memory left
   virtual bool frames_are_zero() const = 0;
   virtual void zero(Frame& frame) = 0;
 
@@ -44,8 +44,9 @@ class PageMemory {
   // Nothing overwrites, copies or frees the frame before what `stream` holds now is done.
   virtual void end_use(Frame& frame, Stream stream) = 0;
 
-  // Blocks until no copy from or to the frame is under way; throws what went wrong with one.
-  virtual void finish(Frame& frame) = 0;
+  // A function that blocks, called without the lock, until every copy enqueued so far is done; it throws what
+  // went wrong with one.
+  virtual std::function<void()> copies() = 0;
   virtual bool busy(Frame& frame) = 0;  // whether a copy is under way
 
   // Seconds for which streams had to wait for copies (CUDA); the host's own waits are the pager's to count.
@@ -61,6 +62,7 @@ class BackingStore {
       int page) = 0;  // room for this page; throws IoError or OutOfMemory, and nothing has changed
   virtual void release(int page) = 0;  // really given back
   virtual std::int64_t reserved_bytes() const = 0;
+  virtual bool busy(int page) = 0;  // whether a copy to it is under way
 
   // Both throw IoError. write() returns the checksum that read() verifies (0 where the store keeps none).
   virtual std::uint64_t write(int page, Frame& frame) = 0;
@@ -74,7 +76,7 @@ struct Device {
   std::string name;         // "cpu", "cuda:0"
   bool synchronous = true;  // see above
   std::unique_ptr<BackingStore> store;
-  std::unique_ptr<PageMemory> memory;  // destroyed after the pages' frames and before nothing else
+  std::unique_ptr<PageMemory> memory;
 };
 
 }  // namespace lk::paging
