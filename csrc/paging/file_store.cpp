@@ -68,14 +68,16 @@ void FileStore::open() {
   do {
     file_ = ::open(directory_.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
   } while (file_ < 0 && errno == EINTR);
-  if (file_ >= 0) return;
-  // A file system without O_TMPFILE says EOPNOTSUPP, an old kernel EISDIR; the rest will be said again below.
 #endif
-  const std::string pattern = directory_ + "/lora_kernels-pages-XXXXXX";
-  std::vector<char> name(pattern.c_str(), pattern.c_str() + pattern.size() + 1);
-  file_ = mkostemp(name.data(), O_CLOEXEC);
-  if (file_ < 0) throw system_error(errno, "no backing file can be created in directory " + directory_);
-  unlink(name.data());
+  if (file_ < 0) {
+    // A file system without O_TMPFILE says EOPNOTSUPP, an old kernel EISDIR; other errors will come again.
+    const std::string pattern = directory_ + "/lora_kernels-pages-XXXXXX";
+    std::vector<char> name(pattern.c_str(), pattern.c_str() + pattern.size() + 1);
+    file_ = mkostemp(name.data(), O_CLOEXEC);
+    if (file_ < 0) throw system_error(errno, "no backing file can be created in directory " + directory_);
+    unlink(name.data());
+  }
+  posix_fadvise(file_, 0, 0, POSIX_FADV_RANDOM);  // no reading ahead: it would fill the cache with other pages
 }
 
 IoError FileStore::error(int number, const std::string& action, int page, const std::string& why) const {
