@@ -1,12 +1,16 @@
-"""Builds `lora_kernels._C`: C++ for the CPU always, CUDA where nvcc is found (no GPU is needed to build).
+"""Builds `lora_kernels._C`: C++ for the CPU always, CUDA where nvcc is found (no GPU is needed to build);
+and `lora_kernels._paging`, which needs neither torch nor a CUDA toolkit.
 
 Environment:
   LORA_KERNELS_CUDA_ARCHS  GPU architectures, e.g. "80;90a". Default: the device of this machine, else 90a;
                            where the variable CI is set, every supported one and PTX.
   LORA_KERNELS_CUDA        0 leaves CUDA out.
   CXX, NVCC                the compilers.
+
+_C is one file for every Python from 3.10 (abi3). _paging is built for one Python (pybind11), and so is the wheel.
 """
 
+import importlib
 import os
 import re
 import shlex
@@ -15,6 +19,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from types import ModuleType
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -23,7 +28,7 @@ ROOT = Path(__file__).parent.resolve()
 ALL_ARCHS = "80;86;89;90a;100a;120"
 PTX_ARCH = "90"  # the oldest that has every instruction used: its PTX runs on every later device
 TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11: the oldest torch that loads the library
-PYTHON_TARGET = "0x030a0000"  # Python 3.10, and the wheel tag below
+PYTHON_TARGET = "0x030a0000"  # Python 3.10
 
 
 def find_nvcc() -> str | None:
@@ -94,22 +99,55 @@ def cuda_library_dir(nvcc: str) -> str:
     )
 
 
+def needed(package: str) -> ModuleType:
+    """A package that the build needs, or one clear line."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        name = package.partition(".")[0]
+        raise SystemExit(f"building needs the package `{name}` (pip install {name})") from error
+
+
 class NinjaBuild(build_ext):
-    """Writes one build.ninja for all objects and runs it: parallel, incremental, with headers tracked."""
+    """Writes a build.ninja for the objects of an extension and runs it: parallel, incremental, headers tracked."""
 
     def build_extension(self, ext: Extension) -> None:
-        import torch
-        from torch.utils.cpp_extension import include_paths
-
-        try:
-            from ninja import ninja_syntax
-        except ImportError as error:
-            raise SystemExit("building needs the package `ninja` (pip install ninja)") from error
-
-        build = (ROOT / self.build_temp / "lora_kernels").resolve()
+        name = ext.name.rpartition(".")[2]
+        build = (ROOT / self.build_temp / {"_C": "lora_kernels"}.get(name, name.lstrip("_"))).resolve()
         build.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
+        {"_C": self.write_kernels, "_paging": self.write_paging}[name](build, target)
+        # The plain program, not ninja.BIN_DIR: either a wheel's or the system's serves.
+        ninja = shutil.which("ninja") or str(Path(sys.executable).parent / "ninja")
+        subprocess.run([ninja, "-C", str(build)] + (["-v"] if self.verbose > 1 else []), check=True)
+
+    def write_paging(self, build: Path, target: Path) -> None:
+        ninja_syntax = needed("ninja.ninja_syntax")
+        includes = [needed("pybind11").get_include(), sysconfig.get_path("include")]
+        cxx = " ".join(shlex.split(os.environ.get("CXX", "g++")))
+        with open(build / "build.ninja", "w") as file:
+            n = ninja_syntax.Writer(file, width=110)
+            n.rule(
+                "cxx",
+                f"{cxx} -std=c++20 -O2 -fPIC -fvisibility=hidden -pthread -Wall -Wextra "
+                f"{' '.join(f'-isystem {p}' for p in includes)} -MMD -MF $out.d -c $in -o $out",
+                depfile="$out.d",
+                deps="gcc",
+                description="CXX $in",
+            )
+            n.rule("link", f"{cxx} -shared -pthread $in -o $out -ldl", description="LINK $out")
+            objects = []
+            for source in sorted((ROOT / "csrc" / "paging").glob("*.cpp")):
+                objects.append(str(build / (source.name + ".o")))
+                n.build(objects[-1], "cxx", str(source))
+            n.build(str(target), "link", objects)
+
+    def write_kernels(self, build: Path, target: Path) -> None:
+        import torch
+        from torch.utils.cpp_extension import include_paths
+
+        ninja_syntax = needed("ninja.ninja_syntax")
         torch_lib = Path(torch.__file__).parent / "lib"
 
         nvcc = find_nvcc()
@@ -187,30 +225,17 @@ class NinjaBuild(build_ext):
                 objects.append(obj)
             n.build(str(target), "link", objects)
             n.default(str(target))
-        # The plain program, not ninja.BIN_DIR: either a wheel's or the system's serves.
-        ninja = shutil.which("ninja") or str(Path(sys.executable).parent / "ninja")
-        subprocess.run([ninja, "-C", str(build)] + (["-v"] if self.verbose > 1 else []), check=True)
 
     def get_ext_filename(self, name: str) -> str:
-        return os.path.join(*name.split(".")) + ".abi3.so"
-
-
-def wheel_commands() -> dict[str, type]:
-    """A bdist_wheel that tags the wheel abi3; nothing where setuptools < 70.1 has none."""
-    try:
-        from setuptools.command.bdist_wheel import bdist_wheel
-    except ImportError:
-        return {}
-
-    class Abi3Wheel(bdist_wheel):
-        def finalize_options(self) -> None:
-            self.py_limited_api = "cp310"
-            super().finalize_options()
-
-    return {"bdist_wheel": Abi3Wheel}
+        if name.endswith("_C"):
+            return os.path.join(*name.split(".")) + ".abi3.so"
+        return super().get_ext_filename(name)
 
 
 setup(
-    ext_modules=[Extension("lora_kernels._C", sources=[], py_limited_api=True)],
-    cmdclass={"build_ext": NinjaBuild, **wheel_commands()},
+    ext_modules=[
+        Extension("lora_kernels._C", sources=[], py_limited_api=True),
+        Extension("lora_kernels._paging", sources=[]),
+    ],
+    cmdclass={"build_ext": NinjaBuild},
 )
