@@ -17,6 +17,9 @@
 #include <cmath>
 #include <limits>
 #include <vector>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include "../optim_table.h"
 #include "convert.h"
@@ -53,6 +56,13 @@ struct Step {
 
 int64_t size_of(int dtype) { return dtype == LK_F32 ? 4 : 2; }
 
+// By bits, because a conditional expression tempts the compiler into a branch around what may raise a
+// floating- point exception.
+LK_INLINE float chosen(bool first, float a, float b) {
+  const uint32_t mask = first ? 0xffffffffu : 0;
+  return float_of((bits_of(a) & mask) | (bits_of(b) & ~mask));
+}
+
 // ---- the parameters' rounding
 
 LK_INLINE BFloat16 stochastic(float x, uint32_t word, BFloat16) {
@@ -84,8 +94,11 @@ LK_INLINE void random_words(int64_t first, uint64_t stream, uint64_t seed, uint3
 template <class T>
 LK_INLINE void read_params(const T* __restrict param, const T* __restrict lost, int64_t n,
                            float* __restrict x) {
-  if (lost == nullptr) return read_run(param, n, x);
-  for (int64_t i = 0; i < n; ++i) x[i] = to_float(param[i]) + to_float(lost[i]);
+  read_run(param, n, x);
+  if (lost == nullptr) return;
+  alignas(64) float rest[kBlock];
+  read_run(lost, n, rest);
+  for (int64_t i = 0; i < n; ++i) x[i] += rest[i];
 }
 
 template <class T>
@@ -94,12 +107,14 @@ LK_INLINE void write_params(const float* __restrict x, int64_t n, const uint32_t
   if (words != nullptr) {
     for (int64_t i = 0; i < n; ++i) param[i] = stochastic(x[i], words[i], T{});
   } else if (lost != nullptr) {  // what the rounding lost; nothing where the parameter overflowed
+    alignas(64) float rest[kBlock];
+    write_run(x, n, param);
+    read_run(param, n, rest);
     for (int64_t i = 0; i < n; ++i) {
-      const T rounded = from_float<T>(x[i]);
-      const float rest = x[i] - to_float(rounded);
-      param[i] = rounded;
-      lost[i] = from_float<T>(std::fabs(rest) < kInf ? rest : 0.0f);
+      const float difference = x[i] - rest[i];
+      rest[i] = chosen(std::fabs(difference) < kInf, difference, 0.0f);
     }
+    write_run(rest, n, lost);
   } else {
     write_run(x, n, param);
   }
@@ -117,9 +132,9 @@ LK_INLINE void update_adamw(const Numbers& k, const Correction& c, int64_t n, co
     const float denominator = std::sqrt(new_v) * c.root + k.eps;
     const float new_x = x[i] * k.decay - c.step_size * new_m / denominator;
     const bool good = !kGuarded || new_v < kInf;
-    m[i] = good ? new_m : m[i];
-    v[i] = good ? new_v : v[i];
-    x[i] = good ? new_x : x[i];
+    m[i] = chosen(good, new_m, m[i]);
+    v[i] = chosen(good, new_v, v[i]);
+    x[i] = chosen(good, new_x, x[i]);
   }
 }
 
@@ -132,34 +147,58 @@ LK_INLINE void update_lion(const Numbers& k, int64_t n, const float* __restrict 
     const float new_x = x[i] * k.decay - k.lr * sign;
     const float new_m = k.beta2 * m[i] + k.rest2 * g[i];
     const bool good = !kGuarded || std::fabs(new_m) < kInf;
-    m[i] = good ? new_m : m[i];
-    x[i] = good ? new_x : x[i];
+    m[i] = chosen(good, new_m, m[i]);
+    x[i] = chosen(good, new_x, x[i]);
   }
 }
 
 // ---- 8-bit state
 
+// out[i] = table[index[i]] for a whole block; indices behind the block's end are 0. The compiler makes no
+// gathers of a loop.
+using LookUp = void (*)(const uint32_t* table, const int32_t* index, uint32_t* out);
+void look_up_portable(const uint32_t* table, const int32_t* index, uint32_t* out) {
+  for (int64_t i = 0; i < kBlock; ++i) out[i] = table[index[i]];
+}
+#if defined(__x86_64__)
+LK_AVX2 void look_up_avx2(const uint32_t* table, const int32_t* index, uint32_t* out) {
+  for (int64_t i = 0; i < kBlock; i += 8) {
+    const __m256i at = _mm256_load_si256(reinterpret_cast<const __m256i*>(index + i));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(out + i),
+                       _mm256_i32gather_epi32(reinterpret_cast<const int*>(table), at, 4));
+  }
+}
+LK_AVX512 void look_up_avx512(const uint32_t* table, const int32_t* index, uint32_t* out) {
+  for (int64_t i = 0; i < kBlock; i += 16) {
+    _mm512_store_si512(out + i, _mm512_i32gather_epi32(_mm512_load_si512(index + i), table, 4));
+  }
+}
+#endif
+
 LK_INLINE void decode(const uint8_t* __restrict codes, int64_t n, const std::array<float, 256>& map,
-                      float absmax, float* __restrict out) {
+                      float absmax, LookUp look_up, float* __restrict out) {
   alignas(64) int32_t index[kBlock];
+  alignas(64) uint32_t value[kBlock];
   for (int64_t i = 0; i < n; ++i) index[i] = codes[i];
-  for (int64_t i = 0; i < n; ++i) out[i] = map[index[i]] * absmax;
+  for (int64_t i = n; i < kBlock; ++i) index[i] = 0;
+  look_up(reinterpret_cast<const uint32_t*>(map.data()), index, value);
+  for (int64_t i = 0; i < n; ++i) out[i] = float_of(value[i]) * absmax;
 }
 
 template <bool kSigned>
-LK_INLINE float encode(const float* __restrict x, int64_t n, uint8_t* __restrict codes) {
+LK_INLINE float encode(const float* __restrict x, int64_t n, LookUp look_up, uint8_t* __restrict codes) {
   const std::array<uint32_t, kBins>& table = (kSigned ? kSignedCodes : kUnsignedCodes).bins;
   uint32_t most = 0;  // of the bits of |x|, whose order is that of the values: an integer maximum vectorises
   for (int64_t i = 0; i < n; ++i) most = std::max(most, bits_of(x[i]) & 0x7fffffffu);
   const float absmax = float_of(most), inverse = inverse_of(absmax);
   alignas(64) uint32_t bits[kBlock], entry[kBlock];
   alignas(64) int32_t bin[kBlock];
-  // Loops of one look-up each, into arrays of their own: so the compiler turns them into gathers.
   for (int64_t i = 0; i < n; ++i) {
     bits[i] = bits_of(x[i] * inverse);
     bin[i] = bin_of(bits[i] & 0x7fffffffu);
   }
-  for (int64_t i = 0; i < n; ++i) entry[i] = table[bin[i]];
+  for (int64_t i = n; i < kBlock; ++i) bin[i] = 0;
+  look_up(table.data(), bin, entry);
   for (int64_t i = 0; i < n; ++i) {
     const uint32_t below = midpoints_below(bits[i] & 0x7fffffffu, entry[i]);
     codes[i] = static_cast<uint8_t>(code_of<kSigned>(bits[i], below));
@@ -169,7 +208,7 @@ LK_INLINE float encode(const float* __restrict x, int64_t n, uint8_t* __restrict
 
 // ---- a block
 
-LK_INLINE void update_block(const Step& step, const Piece& piece, int64_t block) {
+LK_INLINE void update_block(const Step& step, const Piece& piece, int64_t block, LookUp look_up) {
   const int64_t at = block * kBlock, n = std::min(kBlock, piece.count - at);
   alignas(64) float x_run[kBlock], g_run[kBlock], m_run[kBlock], v_run[kBlock];
   alignas(64) uint32_t word_run[kBlock];
@@ -198,17 +237,17 @@ LK_INLINE void update_block(const Step& step, const Piece& piece, int64_t block)
   if (is_8bit(step.op)) {
     uint8_t* codes1 = reinterpret_cast<uint8_t*>(piece.state + piece.layout.state1) + at;
     float* absmax1 = reinterpret_cast<float*>(piece.state + piece.layout.absmax1) + block;
-    decode(codes1, n, nf4::kDynamicMap, *absmax1, m_run);
+    decode(codes1, n, nf4::kDynamicMap, *absmax1, look_up, m_run);
     if (is_adamw(step.op)) {
       uint8_t* codes2 = reinterpret_cast<uint8_t*>(piece.state + piece.layout.state2) + at;
       float* absmax2 = reinterpret_cast<float*>(piece.state + piece.layout.absmax2) + block;
-      decode(codes2, n, nf4::kUnsignedDynamicMap, *absmax2, v_run);
+      decode(codes2, n, nf4::kUnsignedDynamicMap, *absmax2, look_up, v_run);
       update_adamw<true>(step.numbers, piece.correction, n, g, x, m_run, v_run);
-      *absmax2 = encode<false>(v_run, n, codes2);
+      *absmax2 = encode<false>(v_run, n, look_up, codes2);
     } else {
       update_lion<true>(step.numbers, n, g, x, m_run);
     }
-    *absmax1 = encode<true>(m_run, n, codes1);
+    *absmax1 = encode<true>(m_run, n, look_up, codes1);
   } else {
     float* m = reinterpret_cast<float*>(piece.state + piece.layout.state1) + at;
     if (is_adamw(step.op)) {
@@ -231,27 +270,35 @@ LK_INLINE void update_block(const Step& step, const Piece& piece, int64_t block)
 }
 
 // Blocks [begin, end) of all pieces in a row.
-LK_INLINE void update_blocks(const Step& step, int64_t begin, int64_t end) {
+LK_INLINE void update_blocks(const Step& step, int64_t begin, int64_t end, LookUp look_up) {
   const auto after = std::upper_bound(step.pieces.begin(), step.pieces.end(), begin,
                                       [](int64_t block, const Piece& p) { return block < p.first_block; });
   const Piece* piece = &*(after - 1);
   int64_t last = piece->first_block + blocks_of(piece->count);
   for (int64_t block = begin; block < end; ++block) {
     while (block >= last) ++piece, last = piece->first_block + blocks_of(piece->count);
-    update_block(step, *piece, block - piece->first_block);
+    update_block(step, *piece, block - piece->first_block, look_up);
   }
 }
 
 using UpdateBlocks = void (*)(const Step& step, int64_t begin, int64_t end);
-void update_portable(const Step& step, int64_t begin, int64_t end) { update_blocks(step, begin, end); }
-LK_AVX2 void update_avx2(const Step& step, int64_t begin, int64_t end) { update_blocks(step, begin, end); }
-LK_AVX512 void update_avx512(const Step& step, int64_t begin, int64_t end) {
-  update_blocks(step, begin, end);
+void update_portable(const Step& step, int64_t begin, int64_t end) {
+  update_blocks(step, begin, end, look_up_portable);
 }
+#if defined(__x86_64__)
+LK_AVX2 void update_avx2(const Step& step, int64_t begin, int64_t end) {
+  update_blocks(step, begin, end, look_up_avx2);
+}
+LK_AVX512 void update_avx512(const Step& step, int64_t begin, int64_t end) {
+  update_blocks(step, begin, end, look_up_avx512);
+}
+#endif
 
 UpdateBlocks kernel() {
+#if defined(__x86_64__)
   if (isa() >= Isa::avx512) return update_avx512;
   if (isa() >= Isa::avx2) return update_avx2;
+#endif
   return update_portable;
 }
 
