@@ -174,7 +174,9 @@ class NinjaBuild(build_ext):
         cxx = shlex.split(os.environ.get("CXX", "g++"))
         # No contraction: the NF4 format prescribes separate roundings, and bytes must not depend on the
         # compiler.
-        cxxflags = "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra"
+        cxxflags = "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno"
+        # No errno: with it a square root is a branch and a call, and its loop is not vectorised.
+        cxxflags += " -Wall -Wextra"
         # GCC 12 warns inside its own AVX-512 header (`__m512i __Y = __Y`, GCC bug 105593).
         cxxflags += " -Wno-uninitialized -Wno-maybe-uninitialized"
 

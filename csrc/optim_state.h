@@ -9,6 +9,7 @@
 //           StateLayout, each from a multiple of 16 bytes on; its size is rounded up to 64
 #pragma once
 #include <array>
+#include <bit>
 #include <cstdint>
 
 #include "api.h"
@@ -68,6 +69,81 @@ inline constexpr uint32_t kFirstBin = (127 - 24) << (23 - kLowBits);  // of 2^-2
 inline constexpr uint32_t kLastBin = 127 << (23 - kLowBits);          // of 1, which no midpoint is above
 inline constexpr int kBins = static_cast<int>(kLastBin - kFirstBin) + 1;
 
-struct CodeTables {
-  std::array<uint32_t, kBins> bins;
+struct CodeTable {
+  std::array<uint32_t, kBins> bins{};
+  bool one_midpoint_a_bin = true;
 };
+
+constexpr CodeTable make_code_table(const std::array<float, 256>& map) {
+  CodeTable table;
+  int below = 0, k = 0;
+  while (map[k] < 0) ++k;
+  for (int bin = 0; bin < kBins; ++bin) {
+    const int before = below;
+    uint32_t inside = 0xffff;
+    for (; k < 255; ++k, ++below) {
+      // Rounded down to fp32: r > midpoint exactly where r > that.
+      const double middle = (static_cast<double>(map[k]) + map[k + 1]) / 2;
+      const float nearest = static_cast<float>(middle);
+      const uint32_t bits = std::bit_cast<uint32_t>(nearest) - (nearest > middle ? 1 : 0);
+      if ((bits >> kLowBits) - kFirstBin != static_cast<uint32_t>(bin)) break;
+      table.one_midpoint_a_bin = table.one_midpoint_a_bin && below == before;
+      inside = bits & 0xffff;
+    }
+    table.bins[bin] = static_cast<uint32_t>(before) << kLowBits | inside;
+  }
+  table.one_midpoint_a_bin = table.one_midpoint_a_bin && k == 255;  // and none was left
+  return table;
+}
+inline constexpr CodeTable kSignedCodes = make_code_table(nf4::kDynamicMap);
+inline constexpr CodeTable kUnsignedCodes = make_code_table(nf4::kUnsignedDynamicMap);
+static_assert(kSignedCodes.one_midpoint_a_bin && kUnsignedCodes.one_midpoint_a_bin);
+
+// The bin of a magnitude's bits, and with its entry the number of midpoints below the magnitude.
+LK_HOST_DEVICE constexpr int bin_of(uint32_t magnitude) {
+  const int bin = static_cast<int>(magnitude >> kLowBits) - static_cast<int>(kFirstBin);
+  return bin < 0 ? 0 : bin < kBins ? bin : kBins - 1;
+}
+LK_HOST_DEVICE constexpr uint32_t midpoints_below(uint32_t magnitude, uint32_t entry) {
+  return (entry >> kLowBits) + ((magnitude & 0xffff) > (entry & 0xffff) ? 1 : 0);
+}
+// `bits` of r, and the midpoints below |r|.
+template <bool kSigned>
+LK_HOST_DEVICE constexpr uint32_t code_of(uint32_t bits, uint32_t below) {
+  if (!kSigned) return below;
+  return bits >> 31 != 0 ? (below < kZeroCode ? kZeroCode - below : 0) : kZeroCode + below;
+}
+// 1/absmax as the code wants it.
+LK_HOST_DEVICE constexpr float inverse_of(float absmax) { return absmax < kMinAbsmax ? 0.0f : 1.0f / absmax; }
+
+// ---- stochastic rounding
+// -----------------------------------------------------------------------------------
+//
+// Element i of parameter `id` reads word i % 4 of philox(counter = (i / 4, step + 2^32·id), key = seed). The
+// word's top bits are added to the bits of x that the result does not have, and those cut off.
+
+LK_HOST_DEVICE constexpr uint64_t stream_of(int64_t step, int64_t id) {
+  return static_cast<uint64_t>(step) | static_cast<uint64_t>(id) << 32;
+}
+
+// Of x below 2^(largest exponent + 1), which becomes at most the largest finite value: the result's
+// magnitude.
+LK_HOST_DEVICE constexpr uint32_t stochastic_bf16(uint32_t magnitude, uint32_t word) {
+  const uint32_t rounded = (magnitude + (word >> 16)) >> 16;
+  return rounded < 0x7f7f ? rounded : 0x7f7f;
+}
+LK_HOST_DEVICE constexpr uint32_t stochastic_f16(uint32_t magnitude, uint32_t word) {
+  const uint32_t exponent = magnitude >> 23;
+  const uint32_t normal = (magnitude - (112u << 23) + (word >> 19)) >> 13;
+  // A subnormal result's unit is 2^-24: 14 to 31 bits go; before that, those that no word reaches.
+  const uint32_t down = exponent < 112 ? 126 - exponent : 14;
+  const uint32_t shift = down < 31 ? down : 31;
+  const uint32_t beyond = down - shift < 31 ? down - shift : 31;
+  const uint32_t significand = ((magnitude & 0x7fffff) | 0x800000) >> beyond;
+  const uint32_t subnormal = (significand + (word >> (32 - shift))) >> shift;
+  const uint32_t rounded = exponent < 113 ? subnormal : normal;
+  return rounded < 0x7bff ? rounded : 0x7bff;
+}
+inline constexpr uint32_t kBf16Infinity = 0x7f800000, kF16Infinity = 0x47800000;  // from here on: to nearest
+
+}  // namespace lk::optim

@@ -7,6 +7,7 @@
 #include <Python.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
+#include "torch_optim.h"
 #include "torch_tensors.h"
 
 // A CPU build of torch does not have this symbol: weak, and looked at before use.
@@ -74,9 +75,21 @@ int64_t lora_linear_backward_cpu(const Tensor dy, std::optional<Tensor> x, std::
                                      workspace.mutable_data_ptr());
 }
 
+template <int kOp>
+int64_t optim_step_cpu(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> pages,
+                       const Tensor segments, int64_t tick, double lr, double beta1, double beta2, double eps,
+                       double weight_decay, int64_t rounding, int64_t seed) {
+  const OptimStep step(kOp, params, grads, pages, segments, tick, lr, beta1, beta2, eps, weight_decay,
+                       rounding, seed);
+  return step.fits() ? lk_cpu_optim_step(step.get()) : LK_BAD_ARGUMENTS;
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY(lora_kernels, m) { define_out_overloads(m); }
+STABLE_TORCH_LIBRARY(lora_kernels, m) {
+  define_out_overloads(m);
+  define_optim_overloads(m);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CPU, m) {
   m.impl("lora_linear.out", TORCH_BOX(&lora_linear_cpu));
@@ -84,6 +97,10 @@ STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CPU, m) {
   m.impl("nf4_quantize.out", TORCH_BOX(&nf4_quantize_cpu));
   m.impl("nf4_dequantize.out", TORCH_BOX(&nf4_dequantize_cpu));
   m.impl("lora_dropout.out", TORCH_BOX(&lora_dropout_cpu));
+  m.impl("adamw_step.status", TORCH_BOX(&optim_step_cpu<LK_ADAMW>));
+  m.impl("adamw8bit_step.status", TORCH_BOX(&optim_step_cpu<LK_ADAMW8BIT>));
+  m.impl("lion_step.status", TORCH_BOX(&optim_step_cpu<LK_LION>));
+  m.impl("lion8bit_step.status", TORCH_BOX(&optim_step_cpu<LK_LION8BIT>));
 }
 
 static PyObject* cpu_isa(PyObject*, PyObject*) { return PyUnicode_FromString(lk_cpu_isa()); }
@@ -125,6 +142,17 @@ static PyObject* lora_linear_backward_workspace(PyObject*, PyObject* args) {
       lk_cpu_lora_linear_backward_workspace(tokens, out_features, in_features, rank, has_dropout));
 }
 
+static PyObject* optim_state_layout(PyObject*, PyObject* args) {
+  int op, dtype, rounding;
+  long long count;
+  if (!PyArg_ParseTuple(args, "iLii", &op, &count, &dtype, &rounding)) return nullptr;
+  int64_t at[5], bytes;
+  lk_optim_state_layout(op, count, dtype, rounding, at, &bytes);
+  return Py_BuildValue("LLLLLL", static_cast<long long>(at[0]), static_cast<long long>(at[1]),
+                       static_cast<long long>(at[2]), static_cast<long long>(at[3]),
+                       static_cast<long long>(at[4]), static_cast<long long>(bytes));
+}
+
 // `import lora_kernels._C` loads the library, which registers the ops above. The module itself carries what
 // was built.
 PyMODINIT_FUNC PyInit__C(void) {
@@ -135,6 +163,7 @@ PyMODINIT_FUNC PyInit__C(void) {
       {"lora_linear_kernel", lora_linear_kernel, METH_VARARGS, nullptr},
       {"lora_linear_workspace", lora_linear_workspace, METH_VARARGS, nullptr},
       {"lora_linear_backward_workspace", lora_linear_backward_workspace, METH_VARARGS, nullptr},
+      {"optim_state_layout", optim_state_layout, METH_VARARGS, nullptr},
       {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef definition = {
       PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

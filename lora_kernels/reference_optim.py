@@ -34,6 +34,11 @@ class Hyper(NamedTuple):
 # ---- elements ----------------------------------------------------------------------------------------------
 
 
+def _root(x: Tensor) -> Tensor:
+    """√x rounded correctly, which torch's fp32 square root (MKL's) is not: every fifth is off by a bit."""
+    return x.double().sqrt().to(x.dtype)
+
+
 def adamw_update(p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: int, h: Hyper):
     """New p, m, v (Loshchilov & Hutter 2019, algorithm 2; weight decay and bias correction as in torch).
 
@@ -42,7 +47,7 @@ def adamw_update(p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: int, h: Hyper
     """
     m = h.beta1 * m + (1 - h.beta1) * g
     v = h.beta2 * v + (1 - h.beta2) * g * g
-    denominator = v.sqrt() * (1 / math.sqrt(1 - h.beta2**step)) + h.eps
+    denominator = _root(v) * (1 / math.sqrt(1 - h.beta2**step)) + h.eps
     p = p * (1 - h.lr * h.weight_decay) - h.lr / (1 - h.beta1**step) * m / denominator
     return p, m, v
 

@@ -8,8 +8,17 @@ from torch import Tensor
 
 from lora_kernels import composed, panels
 from lora_kernels.backends import native
-from lora_kernels.backends.native import _C, cpu_isa, lora_dropout, nf4_dequantize, nf4_quantize
-from lora_kernels.backends.reference import adamw8bit_step, adamw_step, lion8bit_step, lion_step
+from lora_kernels.backends.native import (
+    _C,
+    adamw8bit_step,
+    adamw_step,
+    cpu_isa,
+    lion8bit_step,
+    lion_step,
+    lora_dropout,
+    nf4_dequantize,
+    nf4_quantize,
+)
 from lora_kernels.base_weight import BaseWeight
 
 __all__ = [

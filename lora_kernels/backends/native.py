@@ -1,5 +1,6 @@
 """Loads the compiled library, calls its launchers, turns their status codes (csrc/api.h) into exceptions."""
 
+import functools
 import os
 from collections.abc import Callable
 
@@ -7,6 +8,8 @@ import torch
 from torch import Tensor
 
 from lora_kernels.base_weight import BaseWeight
+from lora_kernels.optim_state import OPS, ROUNDINGS
+from lora_kernels.reference_optim import Hyper
 
 try:
     from lora_kernels import _C
@@ -41,7 +44,7 @@ _lora_dropout = torch.ops.lora_kernels.lora_dropout.out
 _lora_linear = torch.ops.lora_kernels.lora_linear.out
 _lora_linear_backward = torch.ops.lora_kernels.lora_linear_backward.out
 
-_OK, _NONFINITE, _UNSUPPORTED_DTYPE, _NO_STREAM, _LAUNCH_FAILED = 0, 1, 2, 3, 1000
+_OK, _NONFINITE, _UNSUPPORTED_DTYPE, _NO_STREAM, _BAD_ARGUMENTS, _LAUNCH_FAILED = 0, 1, 2, 3, 6, 1000
 
 
 def cuda_failure(code: int) -> str:
@@ -170,6 +173,38 @@ def lora_linear_backward(
     )
     raise_for(status, "lora_linear_backward", "dy", dy.dtype)
 
+
+class OptimSteps:
+    """adamw_step and its relatives, in `ops`: torch.ops of one namespace. False: the arguments do not fit
+    together, and nothing was done."""
+
+    def __init__(self, ops: object, failure: Callable[[int], str] = cuda_failure) -> None:
+        for op in OPS:
+            overload = getattr(ops, op).status
+            setattr(self, op, functools.partial(self._step, op, overload, failure))
+
+    @staticmethod
+    def _step(
+        op: str,
+        overload: Callable[..., int],
+        failure: Callable[[int], str],
+        params: list[Tensor],
+        grads: list[Tensor],
+        pages: list[Tensor],
+        segments: Tensor,
+        tick: int,
+        h: Hyper,
+    ) -> bool:
+        rounding = ROUNDINGS.index(h.rounding)
+        status = overload(params, grads, pages, segments, tick, *h[:5], rounding, h.seed)
+        if status == _BAD_ARGUMENTS:
+            return False
+        raise_for(status, op, "params", params[0].dtype if params else torch.float32, failure)
+        return True
+
+
+_optim = OptimSteps(torch.ops.lora_kernels)
+adamw_step, adamw8bit_step, lion_step, lion8bit_step = (getattr(_optim, op) for op in OPS)
 
 if os.environ.get("LORA_KERNELS_CPU_ISA"):
     try:
