@@ -1,9 +1,15 @@
 """Parameters, gradients and pages for the optimizers' steps, cut into pieces as a test asks."""
 
 import torch
+from lora_kernels.optim.layout import (
+    BLOCK,
+    HEADER_BYTES,
+    OPS,
+    ROUNDINGS,
+    optim_state_bytes,
+    optim_state_parts,
+)
 from torch import Tensor
-
-from lora_kernels.optim.layout import BLOCK, HEADER_BYTES, OPS, ROUNDINGS, optim_state_bytes, optim_state_parts
 
 __all__ = ["BLOCK", "DTYPES", "HYPER", "OPS", "ROUNDINGS", "Problem", "run", "step_op"]
 

@@ -11,6 +11,7 @@ from lora_kernels.finetune.errors import FinetuneError, Interrupted, RunError, U
 from lora_kernels.finetune.settings import (
     LR_BUILT_IN_BASE,
     LR_GIVEN_MODEL,
+    OPTIMIZERS,
     STEPS_BUILT_IN_DATA,
     Settings,
     check,
@@ -122,6 +123,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="X",
     )
     add(group, "--weight-decay", "decoupled weight decay of the adapter", type=float, metavar="X")
+    optim_help = "adamw keeps its state in memory, the paged ones in pages that may leave it"
+    add(group, "--optim", optim_help, choices=list(OPTIMIZERS))
+    resident_help = (
+        "MiB of a paged optimizer's state in the device's memory at once; the rest lies in a file, for a GPU "
+        "in the host's memory (default: on a CPU all of it, on a GPU what a step needs)"
+    )
+    add(group, "--optim-resident-mb", resident_help, type=float, metavar="N")
     add(group, "--max-grad-norm", "clip the gradient to this norm; 0: do not clip", type=float, metavar="X")
     steps_help = f"optimizer steps (default: {STEPS_BUILT_IN_DATA} without --data, else see --epochs)"
     add(group, "--steps", steps_help, type=int, metavar="N")

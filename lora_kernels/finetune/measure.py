@@ -90,13 +90,17 @@ def measured_memory(
     """
     report = lk.memory_report(model)
     weights = report["base_weights"] + report["other_parameters"] + report["buffers"]
-    state = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
+    if isinstance(optimizer, lk.optim.PagedOptimizer):
+        state_bytes = int(optimizer.stats()["peak_resident_bytes"])
+    else:
+        state = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
+        state_bytes = tensor_bytes(state)
     measured = {
         "base_weights": weights,
         "quantization_constants": report["quantization_constants"],
         "adapters": report["adapters"],
         "gradients": gradients,
-        "optimizer_state": tensor_bytes(state),
+        "optimizer_state": state_bytes,
         "activations_peak": activations,
     }
     return Memory(measured, {})

@@ -13,6 +13,7 @@ from lora_kernels.finetune.errors import UsageError
 # 8e-3 1.541 (1.708), 1e-3 with LoRA+ ratio 8 1.537 (1.663).
 LR_GIVEN_MODEL = 2e-4
 LR_BUILT_IN_BASE = 4e-3
+OPTIMIZERS = ("adamw", "paged_adamw", "paged_adamw8bit", "paged_lion")
 STEPS_BUILT_IN_DATA = 180  # a minute and a half on two cores
 
 
@@ -42,6 +43,8 @@ class Settings:
     lr_scheduler: str = "cosine"
     warmup_ratio: float = 0.05
     weight_decay: float = 0.0
+    optim: str = "adamw"
+    optim_resident_mb: float | None = None
     max_grad_norm: float = 1.0
     steps: int | None = None
     epochs: float | None = None
@@ -60,7 +63,9 @@ class Settings:
 
 
 # Settings that may change between a run and its continuation: none of them changes a loss.
-MAY_CHANGE_ON_RESUME = {"output", "resume", "overwrite", "save_every", "sample_prompt", "sample_tokens"}
+MAY_CHANGE_ON_RESUME = {
+    *("output", "resume", "overwrite", "save_every", "sample_prompt", "sample_tokens", "optim_resident_mb"),
+}
 _PATHS = ("model", "data", "eval_data", "base_text")
 
 
@@ -101,6 +106,13 @@ def check(settings: Settings) -> None:
     )
     if s.steps is not None and s.epochs is not None:
         raise UsageError("argument --epochs: not together with --steps; give one of them")
+    budget = s.optim_resident_mb
+    _require("optim_resident_mb", budget, budget is None or 0 < budget < math.inf, "a number above 0")
+    if budget is not None and s.optim == "adamw":
+        raise UsageError(
+            "argument --optim-resident-mb: not together with --optim adamw, which keeps its state in memory; "
+            "give a paged one"
+        )
     if not s.target_modules.strip(" ,"):
         raise UsageError("argument --target-modules: got nothing, expected all-linear, names or a pattern")
     if s.sample_prompt is not None and not s.sample_prompt.isascii():

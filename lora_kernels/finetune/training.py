@@ -77,7 +77,16 @@ def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimiz
     )
     for group in groups:
         group["peak_lr"] = group["lr"]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.999))
+    if settings.optim == "adamw":
+        return lk.optim.AdamW(groups)
+    kinds = {
+        "paged_adamw": lk.optim.PagedAdamW,
+        "paged_adamw8bit": lk.optim.PagedAdamW8bit,
+        "paged_lion": lk.optim.PagedLion,
+    }
+    budget = settings.optim_resident_mb
+    resident_bytes = None if budget is None else max(1, int(budget * 2**20))
+    return kinds[settings.optim](groups, resident_bytes=resident_bytes)
 
 
 def lr_factor(step: int, steps: int, settings: Settings) -> float:

@@ -157,12 +157,15 @@ class PagedState:
         device = run.arena.device
         pager, stream = self._pagers[device], _stream(device)
         taken: list[int] = []
+        memory: list[Tensor] = []
         try:
             for page in run.pages:
                 pager.pin(page, stream)
                 taken.append(page)
-            yield [self._bytes_of(device, page) for page in run.pages]
+            memory = [self._bytes_of(device, page) for page in run.pages]
+            yield memory
         finally:
+            memory.clear()  # a view that is left keeps its page pinned
             for page in taken:
                 pager.unpin(page, True, stream)
 

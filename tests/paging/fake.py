@@ -12,7 +12,7 @@ NO_LIMIT = 2**62
 def build(folder: Path) -> Path:
     library = folder / "libfake_cuda.so"
     cxx = os.environ.get("CXX", "g++").split()
-    options = "-std=c++20 -O1 -fPIC -shared -fvisibility=hidden -pthread".split()
+    options = ["-std=c++20", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread"]
     subprocess.run([*cxx, *options, SOURCE, "-o", library], check=True)
     return library
 
