@@ -146,11 +146,12 @@ class PagedOptimizer(torch.optim.Optimizer):
                         f"{tuple(p.shape)} has one; torch.optim.SparseAdam does"
                     )
                 if p not in self._paged_state:
-                    self._place(p, index, number)
+                    self._place(self._paged_state, p, index, number)
                 steps[p] = self._steps.get(p, 0) + 1
         return steps
 
-    def _place(self, parameter: Tensor, group: int, number: int) -> None:
+    def _place(self, paged_state: PagedState, parameter: Tensor, group: int, number: int) -> str:
+        """Makes room for a parameter's state, zeros. Returns the kernel that will update it."""
         if parameter.dtype not in DTYPES:
             raise TypeError(
                 f"{type(self).__name__} got a parameter of {parameter.dtype}, expected float32, bfloat16 or "
@@ -158,7 +159,8 @@ class PagedOptimizer(torch.optim.Optimizer):
             )
         small = self._state_bits == 32 or parameter.numel() < self._min_8bit_size
         op = self._ops[0 if small else 1]
-        self._paged_state.place(parameter, local_of(parameter), op, group, number)
+        paged_state.place(parameter, local_of(parameter), op, group, number)
+        return op
 
     def _pass(self) -> None:
         """Updates the pages that have not been for this step; the kernel knows which."""
@@ -247,15 +249,14 @@ class PagedOptimizer(torch.optim.Optimizer):
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads the state of this optimizer, of torch's AdamW, or of bitsandbytes' with 32-bit or 8-bit
-        state.
+        """Loads the state of this optimizer, of torch's AdamW, or of bitsandbytes' with 32 or 8 bits.
 
         It is converted to this optimizer's kind of state; 8-bit state stays as it is, byte for byte. Paging
-        goes on as it was set up here.
+        goes on as it was set up here. Where an exception is raised, the optimizer is as it was before.
 
         Raises:
-            ValueError: groups or shapes that are not this optimizer's, or state that it does not know. The
-                optimizer is then as it was before.
+            ValueError: groups or shapes that are not this optimizer's, or state that it does not know.
+            OSError, MemoryError: no room for the pages.
         """
         entries = {k: state_format.flattened(v) for k, v in state_dict["state"].items()}
         for group in state_dict["param_groups"]:
@@ -266,34 +267,35 @@ class PagedOptimizer(torch.optim.Optimizer):
                         f"{type(self).__name__} does not have"
                     )
         names, parameters = _names(state_dict), _parameters(self.param_groups)
+        paged_state = steps = None
         if len(names) == len(parameters):  # else the base class says what is wrong
-            steps = {p: entries[n] for n, p in zip(names, parameters, strict=True) if n in entries}
-            for p, entry in steps.items():
-                self._values_of(p, entry)  # all of it is sound before any of it is loaded
+            paged_state, steps = self._loaded(
+                {p: entries[n] for n, p in zip(names, parameters, strict=True) if n in entries}
+            )
         light = {n: {"step": torch.tensor(float(state_format.step_of(e)))} for n, e in entries.items()}
         super().load_state_dict({**state_dict, "state": light})
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
-        self._load({p: entries[n] for n, p in zip(names, parameters, strict=True) if n in entries})
-
-    def _values_of(self, parameter: Tensor, entry: dict[str, Any]) -> dict[str, Tensor]:
-        eight = self._state_bits == 8 and parameter.numel() >= self._min_8bit_size
-        return state_format.values_of(parameter, entry, self._states, eight)
-
-    def _load(self, entries: dict[Tensor, dict[str, Any]]) -> None:
         self._paged_state.close()
-        tick = self._tick
-        self._reset()
-        self._tick = tick
-        number = -1
-        for index, group in enumerate(self.param_groups):
-            for p in group["params"]:
-                number += 1
-                if p in entries:
-                    self._place(p, index, number)
-                    self._paged_state.write(p, self._values_of(p, entries[p]))
-                    self._steps[p] = state_format.step_of(entries[p])
+        self._paged_state, self._steps, self._pending = paged_state, steps, None
+
+    def _loaded(self, entries: dict[Tensor, dict[str, Any]]) -> tuple[PagedState, dict[Tensor, int]]:
+        """Pages with the state of a file, and the parameters' step numbers."""
+        loaded = PagedState(**self._settings)
+        try:
+            number = -1
+            for index, group in enumerate(self.param_groups):
+                for p in group["params"]:
+                    number += 1
+                    if p in entries:
+                        op = self._place(loaded, p, index, number)
+                        eight = op == self._ops[1]
+                        loaded.write(p, state_format.values_of(p, entries[p], self._states, eight))
+        except BaseException:
+            loaded.close()
+            raise
+        return loaded, {p: state_format.step_of(entry) for p, entry in entries.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copy: the settings and all state, out of its pages."""
@@ -311,7 +313,9 @@ class PagedOptimizer(torch.optim.Optimizer):
         self._reset()
         self._tick = tick
         parameters = _parameters(self.param_groups)
-        self._load({parameters[name]: state_format.flattened(entry) for name, entry in entries.items()})
+        self._paged_state, self._steps = self._loaded(
+            {parameters[name]: state_format.flattened(entry) for name, entry in entries.items()}
+        )
 
 
 _SETTINGS = (
