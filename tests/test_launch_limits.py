@@ -5,6 +5,7 @@ import simt_backend
 import torch
 
 import lora_kernels as lk
+from lora_kernels.backends.cuda_launchers import SortedRows
 
 LEAST_SHARED = 89  # 99 KiB a block, as on 8.6 and 12.0; 163 on 8.0, 227 on 9.0
 
@@ -34,3 +35,14 @@ def test_every_kernel_of_a_step_fits_the_smallest_shared_memory(small_blocks, to
             results.append([y, *torch.autograd.grad(y, [x, A, B], dy)])
     for want, got in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=0.03, atol=0.03 * float(want.detach().abs().max()))
+
+
+def test_lora_expand_takes_more_than_65535_tiles_of_rows(small_blocks):
+    """Sorted rows, since a tile of no adapter costs little: `begins` leaves two of them to the only one."""
+    count = 65536 * 64
+    order = torch.tensor([1, 0]).repeat(count // 2)
+    h, B = torch.tensor([[1.0], [2.0]]).bfloat16(), torch.tensor([[4.0], [8.0]]).bfloat16()
+    y = torch.zeros(2, 2).bfloat16()
+    rows = SortedRows(order, torch.tensor([0, 2]))
+    simt_backend.backend._launchers.lora_expand_forward(h, [B], [0.5], y, add=True, rows=rows)
+    assert y.tolist() == [[2.0, 4.0], [4.0, 8.0]]
