@@ -1,10 +1,20 @@
-"""Tests that need a CUDA device: marked `gpu`, and skipped with the reason where there is none."""
+"""Tests that need a CUDA device: marked `gpu`, and skipped with the reason where there is none.
+
+LORA_KERNELS_GPU_TESTS=stand-in runs those marked `stand_in` on a CPU, by the host stand-in: the same bodies
+and the same launchers, so that they are known to pass before a device sees them.
+"""
 
 import os
 from pathlib import Path
 
 import pytest
 import torch
+
+from lora_kernels.backends import use_backend
+from lora_kernels.backends.cuda_launchers import CudaLaunchers
+
+STAND_IN = os.environ.get("LORA_KERNELS_GPU_TESTS") == "stand-in"
+SLOW_ON_THE_STAND_IN = 1 << 28  # products of elements: a few seconds
 
 
 def why_not() -> str | None:
@@ -21,12 +31,45 @@ def why_not() -> str | None:
 def pytest_collection_modifyitems(items):
     here, reason = Path(__file__).parent, why_not()
     for item in items:
-        if here in item.path.parents:
-            item.add_marker(pytest.mark.gpu)
-            if reason is not None:
-                item.add_marker(pytest.mark.skip(reason=reason))
+        if here not in item.path.parents:
+            continue
+        item.add_marker(pytest.mark.gpu)
+        if STAND_IN and item.get_closest_marker("stand_in") is None:
+            item.add_marker(pytest.mark.skip(reason="shows something only on a device"))
+        elif not STAND_IN and reason is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture
 def device():
-    return torch.device("cuda", torch.cuda.current_device())
+    """The current CUDA device; in a stand-in run the CPU, with the backend simt in force."""
+    if not STAND_IN:
+        yield torch.device("cuda", torch.cuda.current_device())
+        return
+    import simt_backend
+
+    simt_backend.pretend(4, 80)
+    with use_backend("simt"):
+        yield torch.device("cpu")
+
+
+@pytest.fixture
+def launchers(device) -> CudaLaunchers:
+    """Those of the library, or of the stand-in."""
+    from lora_kernels.backends import BACKENDS, cuda
+
+    return (BACKENDS["simt"] if STAND_IN else cuda._backend)._launchers
+
+
+@pytest.fixture
+def affordable():
+    """affordable(T, N, K): skips what is too much work for the stand-in."""
+
+    def check(*sizes: int) -> None:
+        work = 1
+        for size in sizes:
+            work *= size
+        if STAND_IN and work > SLOW_ON_THE_STAND_IN:
+            pytest.skip("too large for the stand-in")
+
+    return check
