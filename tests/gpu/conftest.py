@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from place import STAND_IN, take
 
 from lora_kernels.backends import use_backend
 from lora_kernels.backends.cuda_launchers import CudaLaunchers
 
-STAND_IN = os.environ.get("LORA_KERNELS_GPU_TESTS") == "stand-in"
 SLOW_ON_THE_STAND_IN = 1 << 28  # products of elements: a few seconds
 
 
@@ -43,22 +43,15 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def device():
     """The current CUDA device; in a stand-in run the CPU, with the backend simt in force."""
-    if not STAND_IN:
-        yield torch.device("cuda", torch.cuda.current_device())
-        return
-    import simt_backend
-
-    simt_backend.pretend(4, 80)
-    with use_backend("simt"):
-        yield torch.device("cpu")
+    place, backend, _ = take()
+    with use_backend(backend):
+        yield place
 
 
 @pytest.fixture
 def launchers(device) -> CudaLaunchers:
     """Those of the library, or of the stand-in."""
-    from lora_kernels.backends import BACKENDS, cuda
-
-    return (BACKENDS["simt"] if STAND_IN else cuda._backend)._launchers
+    return take()[2]
 
 
 @pytest.fixture

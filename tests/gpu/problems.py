@@ -38,6 +38,19 @@ def base_of(weight: lk.NF4Weight | Tensor) -> BaseWeight:
     return BaseWeight(weight, None, None, None, 0, *weight.shape)
 
 
+def moved(case, device):
+    """The same problem on another device."""
+
+    def there(value):
+        if isinstance(value, list):
+            return [there(item) for item in value]
+        return value.to(device) if isinstance(value, (Tensor, lk.NF4Weight)) else value
+
+    other = object.__new__(type(case))
+    vars(other).update({name: there(value) for name, value in vars(case).items()})
+    return other
+
+
 class Case:
     """One adapter: y, dx, dA, dB, dbias of a random problem."""
 
@@ -74,11 +87,7 @@ class Case:
         return (y.detach(), *(next(found) if need else None for need in needs))
 
     def moved(self, device) -> "Case":
-        """The same problem on another device."""
-        other = object.__new__(type(self))
-        for name, value in vars(self).items():
-            setattr(other, name, value.to(device) if isinstance(value, (Tensor, lk.NF4Weight)) else value)
-        return other
+        return moved(self, device)
 
 
 def check(device, *shape, draws=1, **options):
@@ -141,6 +150,9 @@ class BatchedCase:
         y = lk.lora_linear_batched(x, self.weight, A, B, self.scaling, self.index, **options)
         dx, dbias, *grads = torch.autograd.grad(y, [x, bias, *A, *B], self.dy)
         return y.detach(), dx, dbias, grads[: len(A)], grads[len(A) :]
+
+    def moved(self, device) -> "BatchedCase":
+        return moved(self, device)
 
     def expected(self, dtype):
         cast = dtype if dtype == torch.float64 else None
