@@ -24,8 +24,9 @@ import tiny_llama  # noqa: E402
 import lora_kernels as lk  # noqa: E402
 from lora_kernels.finetune import cli  # noqa: E402
 
-# Of the loss of any step, relative.
-TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
+# Of the loss of any step, relative. Between the CPU's backend and the reference, 20 steps: 5.5e-7 and 2.4e-3;
+# a device brings its own attention, norms and loss besides.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
 
 
 def losses_of(folder: Path, model: Path, device: str, dtype: str, steps: int, backend: str | None) -> dict:
