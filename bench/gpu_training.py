@@ -6,8 +6,8 @@
 On the same tensors, interleaved, each result checked against float64 first: the forward for T = 16 to 4096,
 and forward and backward at p = 0 and 0.1, beside bitsandbytes + PEFT, PEFT on the dense weight, and cuBLAS on
 the dense weight alone; peak memory of each. The low-rank sweeps by their launchers beside a copy of as many
-bytes. lora_linear_batched with 64 adapters beside lora_linear with one. Writes training.json and training.md, with
-the goals as reached, missed or not measured, after every shape.
+bytes. lora_linear_batched with 64 adapters beside lora_linear with one. Writes training.json and training.md,
+with the goals as reached, missed or not measured, after every shape.
 """
 
 import argparse

@@ -15,10 +15,10 @@ if str(TESTS) not in sys.path:  # of a script: numerics and simt_backend are the
     sys.path.insert(0, str(TESTS))
 
 
-def take(capability: int = 80) -> tuple[torch.device, str, CudaLaunchers]:
-    """The device, the backend to force for it, and its launchers."""
+def take(capability: int = 80) -> tuple[torch.device, str | None, CudaLaunchers]:
+    """The device, the backend to force for its tensors (None: by device, as for users), and its launchers."""
     if not STAND_IN:
-        return torch.device("cuda", torch.cuda.current_device()), "cuda", cuda._backend._launchers
+        return torch.device("cuda", torch.cuda.current_device()), None, cuda._backend._launchers
     import simt_backend
 
     simt_backend.pretend(4, capability)

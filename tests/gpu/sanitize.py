@@ -132,7 +132,7 @@ def main() -> int:
     routes = {"counters": 80}
     if not STAND_IN and cuda._capability(device) >= 90:
         routes["clustered"] = 90
-    with lk.use_backend(None if backend == "cuda" else backend):
+    with lk.use_backend(backend):
         failures += sum(nf4(device, n, k) for n, k in ANY_SHAPE)
         for route, least in routes.items():
             by = own

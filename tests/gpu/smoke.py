@@ -15,7 +15,7 @@ import torch
 ROUTES = ((4, 0.0), (40, 0.0), (40, 0.1), (300, 0.1), (600, 0.1))  # T, dropout
 
 
-def wrong_training_step() -> str | None:
+def wrong_training_step(device: str = "cuda") -> str | None:
     """Each training kernel once or twice, against float64; what is off, if anything is."""
     import place  # noqa: F401  makes the tests' modules importable
     from problems import NAMES, BatchedCase, Case
@@ -25,12 +25,12 @@ def wrong_training_step() -> str | None:
 
     for t, p in ROUTES:
         case = Case("cpu", t, 200, 320, 16, torch.bfloat16, p=p, adapter_dtype=torch.float32)
-        outs, truths = case.moved("cuda").computed(), case.expected(torch.float64)
+        outs, truths = case.moved(device).computed(), case.expected(torch.float64)
         for name, out, truth in zip(NAMES, outs, truths, strict=True):
             if off(out, truth):
                 return f"{name} of {t} tokens, p = {p}"
     case = BatchedCase("cpu", 150, 96, 128, [1 + i % 20 for i in range(64)], torch.bfloat16, p=0.1)
-    outs, truths = case.moved("cuda").computed(), case.expected(torch.float64)
+    outs, truths = case.moved(device).computed(), case.expected(torch.float64)
     for name, out, truth in zip(case.NAMES, outs, truths, strict=True):
         if isinstance(out, list):
             out, truth = (torch.cat([part.reshape(-1) for part in parts]) for parts in (out, truth))

@@ -10,6 +10,7 @@ from numerics import LIMIT, relative_error
 from problems import matrix
 
 import lora_kernels as lk
+from lora_kernels import reference
 from lora_kernels.backends import cpu
 
 pytestmark = pytest.mark.large
@@ -108,9 +109,9 @@ def test_a_weight_of_more_than_2_31_elements(tokens, nf4, device):
     weight = lk.nf4_quantize(dense) if nf4 else dense
     if nf4:
         parts = (weight.packed[-last * k // 2 :], weight.absmax[-last * k // 64 :])
-        scales = lk.reference.dequantize_absmax(weight.absmax, weight.nested_absmax, weight.offset)
+        scales = reference.dequantize_absmax(weight.absmax, weight.nested_absmax, weight.offset)
         scales = scales[-last * k // 64 :]
-        small = lk.reference.nf4_dequantize(parts[0], scales, None, None, (last, k), 64, torch.float64)
+        small = reference.nf4_dequantize(parts[0], scales, None, None, (last, k), 64, torch.float64)
     else:
         small = rows.double()
     x = matrix(device, tokens, k, 1.0, DTYPE).requires_grad_()

@@ -10,12 +10,19 @@ from numerics import LIMIT, relative_error
 from problems import DTYPES, NAMES, Case, check, draws_of
 
 import lora_kernels as lk
+from lora_kernels.backends.cuda import CROSSOVERS
 
 pytestmark = pytest.mark.stand_in
 TOKENS = (1, 9, 16, 33, 256, 2048)
 RANKS = (1, 5, 8, 16, 64, 256)
 HALVES = (torch.bfloat16, torch.float16)
 N, K = 333, 576  # odd N; K as the fused kernels want it
+ALL_FUSED = min(row.tokens for row in CROSSOVERS[1:])  # no product by torch's GEMM up to here
+
+
+def close(out: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Of bfloat16, up to the order of sums."""
+    return relative_error(out, wanted.double()) <= LIMIT[torch.bfloat16]
 
 
 @pytest.mark.parametrize("r", RANKS)
@@ -59,7 +66,8 @@ def test_odd_sizes(n, k, dtype, device):
 
 
 @pytest.mark.parametrize("t", [9, 40, 600])
-def test_non_contiguous_inputs_give_the_same_bits(t, device, affordable):
+def test_non_contiguous_inputs_give_the_same_result(t, device, affordable):
+    """The same bits, but where torch's GEMM may choose another kernel for other strides."""
     affordable(t, 192, 320)
     case = Case(device, t, 192, 320, 16, torch.bfloat16, p=0.1)
     wanted = case.computed()
@@ -73,7 +81,7 @@ def test_non_contiguous_inputs_give_the_same_bits(t, device, affordable):
     for change in (sliced, lambda v: v.T.contiguous().T):
         case.x, case.dy, case.A, case.B = map(change, (x, dy, A, B))
         for name, out, want in zip(NAMES, case.computed(), wanted, strict=True):
-            assert torch.equal(out, want), name
+            assert torch.equal(out, want) if t <= ALL_FUSED else close(out, want), name
 
 
 @pytest.mark.parametrize("t", [9, 600])
@@ -89,7 +97,7 @@ def test_every_subset_of_gradients(t, device, affordable):
         for need, grad, full in zip(needs, grads, whole[1:], strict=True):
             assert (grad is not None) == need
             if need:  # sums may be cut up otherwise where g or dB is not wanted
-                assert relative_error(grad, full.double()) <= LIMIT[torch.bfloat16]
+                assert close(grad, full)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

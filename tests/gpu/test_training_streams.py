@@ -2,9 +2,22 @@
 
 import pytest
 import torch
+from numerics import LIMIT, relative_error
 from problems import BatchedCase, Case
 
+from lora_kernels.backends.cuda import CROSSOVERS
+
 SIZES = ((4, 16), (40, 16), (300, 40), (600, 16))  # T, r: each route forward and backward
+ALL_FUSED = min(row.tokens for row in CROSSOVERS[1:])
+
+
+def assert_same(results, wanted, t):
+    """The same bits; but torch's GEMM, behind ALL_FUSED tokens, promises them on one stream only."""
+    for out, want in zip(results, wanted, strict=True):
+        if t <= ALL_FUSED:
+            assert torch.equal(out, want)
+        else:
+            assert relative_error(out, want.double()) <= LIMIT[want.dtype]
 
 
 @pytest.mark.parametrize("t, r", SIZES)
@@ -21,7 +34,7 @@ def test_a_second_stream_gives_the_same_bits(t, r, p, device):
             results.append(case.computed())
     torch.cuda.synchronize()
     for got in results:
-        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+        assert_same(got, wanted, t)
 
 
 @pytest.mark.parametrize("t, r", SIZES)
@@ -58,8 +71,7 @@ def test_a_captured_step_computes_with_the_inputs_and_masks_of_the_replay(t, r, 
         for out in results:
             out.fill_(float("nan"))
         graph.replay()
-        for out, want in zip(results, case.computed(), strict=True):
-            assert torch.equal(out, want)
+        assert_same(results, case.computed(), t)
 
 
 def test_a_captured_batched_step_sorts_the_rows_of_the_replay(device):
