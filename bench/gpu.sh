@@ -30,6 +30,7 @@ cd "$root" || exit 1
 
 python=${PYTHON:-python3}
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+unset LORA_KERNELS_GPU_TESTS # the device, not the stand-in
 export LORA_KERNELS_REQUIRE_GPU=1 # tests/gpu then fails where it would skip: a run that skips everything proves nothing
 total_s=${TOTAL_S:-570} # of the 600 that the whole may take; the rest is for stages that need to be killed
 start=$SECONDS

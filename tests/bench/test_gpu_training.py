@@ -4,6 +4,7 @@ import json
 
 import pytest
 import simt_backend
+import torch
 
 import lora_kernels as lk
 from bench import gpu_training_report as report
@@ -68,16 +69,16 @@ def test_the_tuning_times_each_kernel_that_can_serve_a_call(arguments, tmp_path)
     assert 'Crossover("lora_linear", "lora_linear_mixed", ' in text and "PANEL_BYTES = " in text
 
 
-def test_a_forced_table_changes_which_kernel_runs(monkeypatch):
+def test_a_forced_table_changes_which_kernel_runs():
     """Otherwise the tuning would time one kernel under two names."""
     from bench.gpu_tune import ALL_TOKENS, DECODE, DX, MIXED, NO_TOKENS, backend_with
 
-    weight = lk.nf4_quantize(simt_backend.torch.randn(96, 64).bfloat16()).base_weight()
+    weight = lk.nf4_quantize(torch.randn(96, 64).bfloat16()).base_weight()
     launchers = simt_backend.backend._launchers
     for limit, kernel in ((ALL_TOKENS, MIXED), (NO_TOKENS, "panels")):
         backend = backend_with(launchers, {DECODE: NO_TOKENS, MIXED: limit, DX: limit})
         for t in (1, 100_000):
-            assert backend._kernel("lora_linear", weight, t, simt_backend.torch.bfloat16, 16)[0] == kernel
+            assert backend._kernel("lora_linear", weight, t, torch.bfloat16, 16)[0] == kernel
 
 
 @pytest.mark.parametrize(
