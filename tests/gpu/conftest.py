@@ -14,6 +14,8 @@ from place import STAND_IN, take
 from lora_kernels.backends import use_backend
 from lora_kernels.backends.cuda_launchers import CudaLaunchers
 
+# A device is lent for minutes: whole steps come before single kernels, in case that time runs out.
+FIRST = ("test_training_op", "test_training_streams", "test_lora_linear_batched", "test_training_kernels")
 SLOW_ON_THE_STAND_IN = 1 << 28  # products of elements: a few seconds
 
 
@@ -38,6 +40,13 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="shows something only on a device"))
         elif not STAND_IN and reason is not None:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+    def turn(item) -> int:  # of other folders' tests: before all of these
+        if here not in item.path.parents:
+            return -1
+        return FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST)
+
+    items.sort(key=turn)
 
 
 @pytest.fixture
