@@ -4,7 +4,7 @@
 #   make test       build, then run every test that needs no GPU                   (ARGS="-k nf4 ...")
 #   make bench      time the ops on this machine                                   (ARGS="--quick", "--goals")
 #   make bench-compare   fail where an op has become slower than the stored baseline (ARGS="--update" stores one)
-#   make gpu        on a machine with a GPU, nvcc and torch: build, test, measure  (GPU_OUT=folder)
+#   make gpu        on a machine with a GPU, nvcc and torch: build, test, measure  (GPU_OUT=folder STAGES="tests tune")
 #   make lint       check the style;  make format mends it
 #
 # TORCH is what pip installs as torch. A CPU-only build saves gigabytes where there is no GPU:
@@ -14,6 +14,7 @@ TORCH ?= torch==2.13.0
 PYTHON ?= python3
 VENV ?= .venv
 GPU_OUT ?= gpu_out
+STAGES ?= all
 ARGS ?=
 
 PY := $(VENV)/bin/python
@@ -63,7 +64,7 @@ bench-compare: build $(VENV)/test.stamp
 	$(PY) bench/run.py --compare $(ARGS)
 
 gpu:
-	bash bench/gpu.sh "$(GPU_OUT)"
+	STAGES="$(STAGES)" bash bench/gpu.sh "$(GPU_OUT)"
 
 lint: $(VENV)/lint.stamp
 	$(VENV)/bin/ruff check .

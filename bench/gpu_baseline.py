@@ -75,7 +75,9 @@ class Baseline:
         self.warmup_s = 0.01 if arguments.smoke else arguments.warmup_ms / 1e3
         self.sample_budget_s = 0.02 if arguments.smoke else 0.06
         self.out = Path(arguments.out)
-        self.out.mkdir(parents=True, exist_ok=True)
+        self.tables = self.out if arguments.tables is None else Path(arguments.tables)
+        for folder in (self.out, self.tables):
+            folder.mkdir(parents=True, exist_ok=True)
         self.cache_bytes = 1 << 16
         if self.on_gpu:
             self.cache_bytes = getattr(
@@ -119,13 +121,13 @@ class Baseline:
         rows = self.record["results"]
         products = [row["tflop_per_s"] for row in rows if row["what"] == "F.linear" and "tflop_per_s" in row]
         self.record["ceilings"]["linear_tflop_per_s"] = max(products, default=None)
-        for name, text in (
-            (f"{self.name}.json", json.dumps(self.record, indent=1) + "\n"),
-            (f"{self.name}.md", self.markdown()),
+        for folder, name, text in (
+            (self.out, f"{self.name}.json", json.dumps(self.record, indent=1) + "\n"),
+            (self.tables, f"{self.name}.md", self.markdown()),
         ):
-            part = self.out / f".{name}.part"
+            part = folder / f".{name}.part"
             part.write_text(text)
-            part.replace(self.out / name)
+            part.replace(folder / name)
 
     def markdown(self) -> str:
         return markdown(self.record)
@@ -400,6 +402,9 @@ def parse(argv: list[str], description: str, budget_s: float) -> argparse.Namesp
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument(
         "--out", required=True, metavar="DIR", help="folder of the JSON and the Markdown file"
+    )
+    parser.add_argument(
+        "--tables", metavar="DIR", help="folder of the Markdown file, where not that of --out"
     )
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--smoke", action="store_true", help="tiny shapes and short times: tests the script")

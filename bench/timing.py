@@ -65,50 +65,122 @@ def wall_times(
     return summary([run(count) / count for _ in range(sample_count(one * count, budget_s))])
 
 
-def graph_times(calls: Sequence[Call], warmup_s: float, budget_s: float) -> dict[str, float]:
-    """Time of a call on the device without launch overhead: replays of a CUDA graph of `calls`, by events.
+class _Graph:
+    """A CUDA graph of whole rotations of `calls`, long enough to be timed.
 
     The results of all calls of a rotation are kept alive in the graph, so that outputs rotate as inputs do.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # what initialises itself at its first call must do so before the capture
-        for call in calls:
-            call()
-        stream.synchronize()
-        start = time.perf_counter()
-        for call in calls:
-            call()
-        stream.synchronize()
-        rotation = time.perf_counter() - start
-    torch.cuda.current_stream().wait_stream(stream)
-    cycles = max(1, min(MAX_CALLS // len(calls), math.ceil(MIN_SAMPLE_S / rotation)))
-    graph, kept = torch.cuda.CUDAGraph(), {}
-    try:
-        with torch.cuda.graph(graph, stream=stream):
-            for _ in range(cycles):
-                for i, call in enumerate(calls):
-                    kept[i] = call()
-        begin = time.perf_counter()
-        replay = 0.0
-        while replay == 0.0 or time.perf_counter() - begin < warmup_s:
-            before = time.perf_counter()
-            graph.replay()
-            torch.cuda.synchronize()
-            replay = time.perf_counter() - before
-        events = []
-        for _ in range(sample_count(replay, budget_s)):
-            pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            pair[0].record()
-            graph.replay()
-            pair[1].record()
-            events.append(pair)
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(
+            stream
+        ):  # what initialises itself at its first call must do so before the capture
+            for call in calls:
+                call()
+            stream.synchronize()
+            start = time.perf_counter()
+            for call in calls:
+                call()
+            stream.synchronize()
+            rotation = time.perf_counter() - start
+        torch.cuda.current_stream().wait_stream(stream)
+        cycles = max(1, min(MAX_CALLS // len(calls), math.ceil(MIN_SAMPLE_S / rotation)))
+        self.calls, self._graph, self._kept = cycles * len(calls), torch.cuda.CUDAGraph(), {}
+        try:
+            with torch.cuda.graph(self._graph, stream=stream):
+                for _ in range(cycles):
+                    for i, call in enumerate(calls):
+                        self._kept[i] = call()
+        except BaseException:
+            self.reset()
+            raise
+
+    def replay(self) -> float:
+        """Seconds of one replay, by the wall clock."""
+        before = time.perf_counter()
+        self._graph.replay()
         torch.cuda.synchronize()
-        per_call = cycles * len(calls)
-        return summary([a.elapsed_time(b) / 1e3 / per_call for a, b in events])
+        return time.perf_counter() - before
+
+    def timed_replay(self) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        pair[0].record()
+        self._graph.replay()
+        pair[1].record()
+        return pair
+
+    def reset(self) -> None:
+        self._kept.clear()
+        self._graph.reset()
+
+
+def graph_times(calls: Sequence[Call], warmup_s: float, budget_s: float) -> dict[str, float]:
+    """Time of a call on the device without launch overhead: replays of a CUDA graph of `calls`, by events."""
+    times, failed = interleaved_graph_times({"it": calls}, warmup_s, budget_s)
+    if failed:
+        raise failed["it"]
+    return times["it"]
+
+
+def interleaved_graph_times(
+    contenders: Mapping[str, Sequence[Call]], warmup_s: float, budget_s: float
+) -> tuple[dict[str, dict[str, float]], dict[str, Exception]]:
+    """graph_times of every contender, replayed in turn: A B C A B C ...; and why some could not be captured.
+
+    Clocks and temperature change for all alike, so ratios are steadier than times. Each contender's rotation
+    is larger than the cache, so none finds its tensors there, whoever ran before it.
+    """
+    graphs: dict[str, _Graph] = {}
+    failed: dict[str, Exception] = {}
+    try:
+        for name, calls in contenders.items():
+            try:
+                graphs[name] = _Graph(calls)
+            except Exception as error:
+                failed[name] = error
+        begin, turn = time.perf_counter(), 0.0
+        while graphs and (turn == 0.0 or time.perf_counter() - begin < warmup_s):
+            turn = sum(graph.replay() for graph in graphs.values())
+        events: dict[str, list] = {name: [] for name in graphs}
+        for _ in range(sample_count(turn, budget_s)):
+            for name, graph in graphs.items():
+                events[name].append(graph.timed_replay())
+        torch.cuda.synchronize()
+        return {
+            name: summary([a.elapsed_time(b) / 1e3 / graphs[name].calls for a, b in pairs])
+            for name, pairs in events.items()
+        }, failed
     finally:
-        kept.clear()
-        graph.reset()
+        for graph in graphs.values():
+            graph.reset()
+
+
+def interleaved_wall_times(
+    contenders: Mapping[str, Sequence[Call]], device: torch.device, budget_s: float
+) -> dict[str, dict[str, float]]:
+    """wall_times of every contender, their samples taken in turn."""
+
+    def run(calls: Sequence[Call], count: int) -> float:
+        synchronize(device)
+        start = time.perf_counter()
+        for i in range(count):
+            calls[i % len(calls)]()
+        synchronize(device)
+        return time.perf_counter() - start
+
+    counts, turn = {}, 0.0
+    for name, calls in contenders.items():
+        run(calls, len(calls))
+        one = run(calls, len(calls)) / len(calls)
+        counts[name] = max(1, min(MAX_CALLS, math.ceil(MIN_SAMPLE_S / one)))
+        turn += one * counts[name]
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(sample_count(turn, budget_s)):
+        for name, calls in contenders.items():
+            samples[name].append(run(calls, counts[name]) / counts[name])
+    return {name: summary(times) for name, times in samples.items()}
 
 
 def interleaved_times(

@@ -120,20 +120,24 @@ def lora_linear(
         else:
             finish_shrink = kernels.start_shrink(x, lora_A, dropout_p, rng, h)
     s = scaling / (1 - dropout_p)
-    for n0, n1, panel in row_panels(kernels, base, x.dtype):
-        if finish_shrink is not None:  # the first panel has been decoded beside it
+    try:
+        for n0, n1, panel in row_panels(kernels, base, x.dtype):
+            if finish_shrink is not None:  # the first panel has been decoded beside it
+                finish_shrink()
+                finish_shrink = None
+            out = y[:, n0:n1]
+            start = None if bias is None else bias[n0:n1].to(x.dtype)
+            if lora_A is not None:
+                beta = 0 if start is None else 1  # with beta = 0 the addend is not read
+                torch.addmm(out if start is None else start, h, b[n0:n1].T, beta=beta, alpha=s, out=out)
+                out.addmm_(x, panel.T)
+            elif start is not None:
+                torch.addmm(start, x, panel.T, out=out)
+            else:
+                torch.mm(x, panel.T, out=out)
+    finally:
+        if finish_shrink is not None:  # no panel came: what is beside still reads x and writes h
             finish_shrink()
-            finish_shrink = None
-        out = y[:, n0:n1]
-        start = None if bias is None else bias[n0:n1].to(x.dtype)
-        if lora_A is not None:
-            beta = 0 if start is None else 1  # with beta = 0 the addend is not read
-            torch.addmm(out if start is None else start, h, b[n0:n1].T, beta=beta, alpha=s, out=out)
-            out.addmm_(x, panel.T)
-        elif start is not None:
-            torch.addmm(start, x, panel.T, out=out)
-        else:
-            torch.mm(x, panel.T, out=out)
 
 
 def _add_token_product(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:

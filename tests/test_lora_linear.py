@@ -1,5 +1,7 @@
 """lora_linear and its backward on every backend: accuracy against float64 truth, shapes, strides, purity."""
 
+import contextlib
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -227,6 +229,25 @@ def test_the_workspace_is_a_panel_and_not_the_weight(monkeypatch):
     with variant("cpu-panels"):
         case.computed()
     assert sizes and max(sizes) <= 256 << 10
+
+
+@pytest.mark.parametrize("n, fails", [(64, True), (0, False)], ids=["an error", "no row"])
+def test_a_shrink_that_was_started_is_waited_for_without_a_panel_too(n, fails):
+    """It may run on another stream, where x, h and the workspace of whoever comes next are at stake."""
+    waited = []
+
+    def nf4_dequantize(*_):
+        if fails:
+            raise MemoryError
+        raise AssertionError("W0 has no row")
+
+    kernels = panels.Kernels(nf4_dequantize, None, lambda *_: lambda: waited.append(True))
+    base = lk.nf4_quantize(torch.randn(n, 64)).base_weight()
+    arguments = (torch.randn(3, 64), base, torch.randn(2, 64), torch.randn(n, 2))
+    with pytest.raises(MemoryError) if fails else contextlib.nullcontext():
+        outputs = (torch.empty(3, n), torch.empty(3, 2))
+        panels.lora_linear(kernels, *arguments, 1.0, None, 0.0, None, *outputs)
+    assert waited == [True]
 
 
 @settings(max_examples=50, deadline=None)

@@ -91,6 +91,8 @@ def successors(code: list[Instruction]) -> list[list[int]]:
         if kind == "BRA" and not {"DIV", "CONV"} & set(modifiers):
             target = at[int(re.findall(r"0x([0-9a-f]+)", operands)[-1], 16)]
             after = [*(after if predicate or "," in operands else []), target]
+        elif kind == "CALL":  # of a subroutine, or the way the compiler jumps far
+            after = [*after, at[int(re.findall(r"0x([0-9a-f]+)", operands)[-1], 16)]]
         elif kind in ("EXIT", "RET") and not predicate:
             after = []
         following.append(after)

@@ -30,6 +30,7 @@ struct Problem {
   Dropout dropout;
   Global<uint16_t> out;
   int64_t out_stride, columns;  // C
+  unsigned column_tiles;        // of kTileCols; all tiles along x, since y ends at 65535, 4 million rows
   bool add, pairs;              // pairs: two elements may be read and written as one
 };
 
@@ -43,9 +44,9 @@ __global__ void __launch_bounds__(kThreads, 3) lora_expand(const __grid_constant
   LK_DYNAMIC_SHARED(shared);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int g = lane / 4, t = lane % 4;
-  const RowTile tile = row_tile(p.rows, blockIdx.y);
+  const RowTile tile = row_tile(p.rows, blockIdx.x / p.column_tiles);
   if (tile.count == 0) return;
-  const int64_t col0 = int64_t{blockIdx.x} * kTileCols;
+  const int64_t col0 = int64_t{blockIdx.x % p.column_tiles} * kTileCols;
   const int rank = p.rank[tile.adapter], columns = clamped(p.columns - col0, kTileCols);
   const Matrix& w = p.w[tile.adapter];
 
@@ -161,8 +162,8 @@ extern "C" int lk_cuda_lora_expand(const lk_matrix* v, const lk_rows* rows, cons
   p.out_stride = out_stride, p.columns = columns, p.add = add != 0;
   p.pairs = columns % 2 == 0 && out_stride % 2 == 0 && reinterpret_cast<uintptr_t>(out) % 4 == 0;
   const int64_t tiles = most_tiles(rows->count, rows->adapters, rows->order != nullptr);
-  const LaunchShape shape{static_cast<unsigned>((columns + kTileCols - 1) / kTileCols),
-                          static_cast<unsigned>(tiles), 1, kThreads, kBytes};
+  p.column_tiles = static_cast<unsigned>((columns + kTileCols - 1) / kTileCols);
+  const LaunchShape shape{static_cast<unsigned>(tiles * p.column_tiles), 1, 1, kThreads, kBytes};
   return v->dtype == LK_BF16 ? run<LK_BF16>(p, backward != 0, shape, stream)
                              : run<LK_F16>(p, backward != 0, shape, stream);
 }

@@ -6,9 +6,8 @@ namespace {
 
 template <int kDtype, bool kNf4, int kTokens>
 int run(const Problem& p, const Plan& plan, void* stream) {
-  using S = Shape<kNf4, kTokens>;
   const LaunchShape shape{static_cast<unsigned>(plan.tiles * plan.slices), 1, 1, kThreads,
-                          static_cast<size_t>(S::bytes(p.rank))};
+                          Shape<kNf4, kTokens>::kBytes};
   return launch("lora_linear_mixed", lora_linear_mixed<kDtype, kNf4, kTokens>, shape, stream, p);
 }
 

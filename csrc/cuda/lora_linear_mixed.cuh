@@ -34,6 +34,7 @@ constexpr int kWarps = 4, kThreads = 32 * kWarps;
 constexpr int kRows = 32 * kWarps;  // of a block
 constexpr int kUnit = 64;           // weights of a row that share a scale fragment
 constexpr int kMostFusedRank = 16;  // h beside y, in registers
+constexpr int kMostRank = 256;
 constexpr int kMostSlices = 8;
 
 // A stage: of NF4 64 bytes of a row, of a dense W 128.
@@ -48,10 +49,10 @@ struct Shape {
   static constexpr int kWeightBytes = kRows * kRowBytes<kNf4>, kXBytes = kTokens * kStageK<kNf4> * 2;
   static constexpr int kStageBytes = kWeightBytes + kXBytes;
   // The pair table of 32 KiB (stride 128: two instructions more for a pair than decode's, for 64 KiB less),
-  // the dynamic map, s·h [token][rank], the ring.
+  // the dynamic map, the ring. At the end s·h [token][rank] takes the ring's place: beside it, 64 tokens of
+  // rank 256 would be more than the 99 KiB that compute capability 8.6, 8.9 and 12.0 give a block.
   static constexpr int kTable = 0, kMap = kNf4 ? 256 * 128 : 0, kRing = kMap + (kNf4 ? 1024 : 0);
-  static constexpr int kH = kRing + kStages * kStageBytes;
-  static constexpr int bytes(int rank) { return kH + kTokens * h_stride(rank) * 2; }
+  static constexpr int kH = kRing, kBytes = kRing + kStages * kStageBytes;
   // Pairs of ranks of eight tokens in different banks.
   static __host__ __device__ constexpr int h_stride(int rank) { return (rank + 15) / 16 * 16 + 8; }
 };
@@ -67,6 +68,7 @@ struct Problem : LoraLinear {
 template <int kDtype, bool kNf4, int kTokens>
 struct Kernel {
   using S = Shape<kNf4, kTokens>;
+  static_assert(S::kH + kTokens * S::h_stride(kMostRank) * 2 <= S::kBytes, "s·h fits where the ring was");
   static constexpr int kColumns = kTokens / 8;      // n8 tiles
   static constexpr int kMine = (kColumns + 3) / 4;  // of which a warp multiplies A with these many
 
@@ -177,9 +179,12 @@ struct Kernel {
         if (fused_h && at + u * kUnit < col_end) multiply_A(p, x, u, at + u * kUnit, lane, warp, low);
       }
     }
-    put_h(p, shared, low, token_tile, row_tile, slice, lane, warp, thread);
-    __syncthreads();  // s·h is there
-    if (p.rank > 0) add_low_rank(p, shared, row0 + 32 * warp, lane, acc);
+    if (p.rank > 0) {
+      __syncthreads();  // the ring has been read
+      put_h(p, shared, low, token_tile, row_tile, slice, lane, warp, thread);
+      __syncthreads();  // s·h is there
+      add_low_rank(p, shared, row0 + 32 * warp, lane, acc);
+    }
     if (p.slices == 1) {
       store(p, acc, row0, token0, lane, warp);
     } else {
@@ -283,7 +288,6 @@ struct Kernel {
   static __device__ __forceinline__ void put_h(const Problem& p, Shared<char> shared,
                                                const float (&low)[kMine][4], int token_tile, int row_tile,
                                                int slice, int lane, int warp, int thread) {
-    if (p.rank == 0) return;
     const Shared<uint16_t> h = cast<uint16_t>(shared + S::kH);
     const int stride = S::h_stride(p.rank), ranks = (p.rank + 15) / 16 * 16;
     const int64_t token0 = int64_t{token_tile} * kTokens;

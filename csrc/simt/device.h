@@ -160,14 +160,39 @@ inline std::string& last_error() {
   return text;
 }
 
+// What the launchers see; tests choose which architecture's route they take.
+struct DeviceInfo {
+  int multiprocessors, capability;
+};
+inline DeviceInfo& pretended_device() {
+  static DeviceInfo device{4, 80};
+  return device;
+}
+inline DeviceInfo device_info() { return pretended_device(); }
+
+// Why a device of this compute capability refuses a launch; empty where it does not (CUDA C++ Programming
+// Guide, "Technical Specifications per Compute Capability").
+inline std::string why_no_launch(const LaunchShape& shape, int capability) {
+  const bool most = capability == 90 || (capability >= 100 && capability < 120);  // of shared memory
+  const size_t most_shared = size_t{most ? 227u : capability == 80 || capability == 87 ? 163u : 99u} << 10;
+  const auto too_many = [](const char* what, size_t got, size_t limit) {
+    return std::to_string(got) + " " + what + ", at most " + std::to_string(limit);
+  };
+  if (shape.shared_bytes > most_shared)
+    return too_many("bytes of shared memory", shape.shared_bytes, most_shared);
+  if (shape.threads > 1024) return too_many("threads", shape.threads, 1024);
+  if (shape.cluster > 8) return too_many("blocks in a cluster", shape.cluster, 8);
+  if (shape.grid_x > 0x7fffffffu) return too_many("blocks along x", shape.grid_x, 0x7fffffffu);
+  if (shape.grid_y > 0xffffu) return too_many("blocks along y", shape.grid_y, 0xffffu);
+  if (shape.grid_z > 0xffffu) return too_many("blocks along z", shape.grid_z, 0xffffu);
+  return {};
+}
+
 template <class... Parameters, class... Arguments>
 int launch(const char* name, void (*kernel)(Parameters...), const LaunchShape& shape, void*,
            Arguments&&... arguments) {
-  constexpr size_t kMostShared = 227 << 10;  // of a block on sm_90
-  if (shape.shared_bytes > kMostShared || shape.threads > 1024 || shape.cluster > 8) {
-    last_error() = std::string("kernel ") + name + ": no such launch: " + std::to_string(shape.shared_bytes) +
-                   " bytes of shared memory, " + std::to_string(shape.threads) + " threads, cluster " +
-                   std::to_string(shape.cluster);
+  if (const std::string why = why_no_launch(shape, pretended_device().capability); !why.empty()) {
+    last_error() = std::string("kernel ") + name + ": no such launch: " + why;
     return LK_LAUNCH_FAILED;
   }
   const simt::LaunchConfig config{name,
@@ -183,15 +208,5 @@ int launch(const char* name, void (*kernel)(Parameters...), const LaunchShape& s
   }
   return LK_OK;
 }
-
-// What the launchers see; tests choose which architecture's route they take.
-struct DeviceInfo {
-  int multiprocessors, capability;
-};
-inline DeviceInfo& pretended_device() {
-  static DeviceInfo device{4, 80};
-  return device;
-}
-inline DeviceInfo device_info() { return pretended_device(); }
 
 }  // namespace lk::cuda

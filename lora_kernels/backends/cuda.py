@@ -61,10 +61,15 @@ CROSSOVERS = (
 
 
 class CudaBackend:
-    """The functions of a backend over one library of CUDA launchers."""
+    """The functions of a backend over one library of CUDA launchers.
 
-    def __init__(self, launchers: CudaLaunchers, archs: str) -> None:
-        self._launchers, self._archs = launchers, archs
+    `crossovers`: which kernel takes how many tokens; benchmarks and tests bring tables of their own.
+    """
+
+    def __init__(
+        self, launchers: CudaLaunchers, archs: str, crossovers: tuple[Crossover, ...] = CROSSOVERS
+    ) -> None:
+        self._launchers, self._archs, self._crossovers = launchers, archs, crossovers
         self._panels = panels.Kernels(self.nf4_dequantize, self.lora_dropout, self._start_shrink)
         kernels = composed.Kernels(self.lora_linear, self.lora_linear_backward, self._panels)
         self._composed = kernels
@@ -267,7 +272,7 @@ class CudaBackend:
         reason = self._launchers.why_not_fused(base, dtype, rank, *others)
         if reason is not None:
             return "panels", reason
-        rows = [crossover for crossover in CROSSOVERS if crossover.op == op]
+        rows = [crossover for crossover in self._crossovers if crossover.op == op]
         for crossover in rows:
             if tokens <= crossover.tokens:
                 return crossover.kernel, f"up to {crossover.tokens} tokens: {crossover.why}"

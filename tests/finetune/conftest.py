@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_llama
 import torch
 
 pytest.importorskip("transformers")
@@ -28,38 +29,14 @@ def one_thread():
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """A folder as from save_pretrained: 2 layers, hidden size 64, untrained."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from lora_kernels.finetune.stdlib_base import byte_tokenizer
-
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=258,
-                hidden_size=64,
-                intermediate_size=128,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=128,
-                tie_word_embeddings=True,
-                bos_token_id=None,
-                eos_token_id=256,
-                pad_token_id=257,
-            )
-        )
-    model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+    return tiny_llama.save(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture
 def text_file(tmp_path) -> Path:
     """About 4000 bytes of text whose end differs from its beginning."""
     path = tmp_path / "data.txt"
-    path.write_text("".join(f"line {i}: the square of {i} is {i * i}, its cube {i**3}\n" for i in range(90)))
+    path.write_text(tiny_llama.squares())
     return path
 
 

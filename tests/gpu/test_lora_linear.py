@@ -2,75 +2,12 @@
 
 import pytest
 import torch
-from numerics import INPUT_KINDS, assert_accurate, make_input
+from numerics import INPUT_KINDS
+from problems import DTYPES, NAMES, Case, check, draws_for
 
 import lora_kernels as lk
 from lora_kernels import reference
 from lora_kernels.backends import BACKENDS
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-NAMES = ("y", "dx", "dA", "dB", "dbias")
-
-
-class Case:
-    """A random problem on the device, its truth in float64 and the eager computation in the working dtype."""
-
-    def __init__(self, device, t, n, k, r, dtype, kind="normal", p=0.0, nf4=True, adapter_dtype=None):
-        adapter_dtype = adapter_dtype or dtype
-        self.x = make_input(kind, t, k, dtype=dtype).to(device)
-        dense = (torch.randn(n, k, device=device) * k**-0.5).to(dtype)
-        self.weight = lk.nf4_quantize(dense) if nf4 else dense
-        self.A = (torch.randn(r, k, device=device) * k**-0.5).to(adapter_dtype)
-        self.B = (torch.randn(n, r, device=device) * r**-0.5).to(adapter_dtype)
-        self.bias = torch.randn(n, device=device).to(dtype)
-        self.dy = torch.randn(t, n, device=device).to(dtype)
-        self.scaling, self.p, self.dtype = 0.7, p, dtype
-        self.rng = lk.dropout_rng(device) if p else None
-
-    def dense(self, dtype):
-        w = self.weight
-        if not isinstance(w, lk.NF4Weight):
-            return w.to(dtype)
-        return reference.nf4_dequantize(*w.base_weight()[:4], tuple(w.shape), w.blocksize, dtype)
-
-    def expected(self, dtype):
-        cast = dtype if dtype == torch.float64 else None
-        x, dy, A, B, bias = (v.to(cast or v.dtype) for v in (self.x, self.dy, self.A, self.B, self.bias))
-        weight = self.dense(dtype)
-        y, h = reference.lora_linear(x, weight, A, B, self.scaling, bias, self.p, self.rng)
-        grads = reference.lora_linear_backward(dy, x, h, weight, A, B, self.scaling, self.p, self.rng)
-        return (y, *grads)
-
-    def computed(self):
-        leaves = [v.clone().requires_grad_() for v in (self.x, self.A, self.B, self.bias)]
-        options = {"scaling": self.scaling, "dropout_p": self.p, "rng": self.rng}
-        y = lk.lora_linear(leaves[0], self.weight, *leaves[1:3], bias=leaves[3], **options)
-        y.backward(self.dy)
-        return (y.detach(), *(leaf.grad for leaf in leaves))
-
-
-def check(device, *shape, draws=1, **options):
-    """Asserts DESIGN's bounds on every output of `draws` fresh problems, taken together."""
-    cases = [Case(device, *shape, **options) for _ in range(draws)]
-    truths = [case.expected(torch.float64) for case in cases]
-    eager = [case.expected(case.dtype) for case in cases]
-    for name, *versions in zip(
-        NAMES,
-        zip(*(case.computed() for case in cases), strict=True),
-        zip(*eager, strict=True),
-        zip(*truths, strict=True),
-        strict=True,
-    ):
-        versions = (torch.cat(parts) for parts in versions)
-        # dA and dB of few tokens are products of few columns, dA under an outlier channel is one.
-        few = name in ("dA", "dB") and cases[0].x.shape[0] * cases[0].A.shape[0] * draws < 1024
-        concentrated = few or options.get("kind") == "outlier channel"
-        assert_accurate(name, *versions, cases[0].dtype, concentrated=concentrated)
-
-
-def draws_for(kind):
-    """An outlier channel leaves dA with r values that matter: one draw cannot tell two error levels apart."""
-    return 12 if kind == "outlier channel" else 1
 
 
 @pytest.mark.parametrize("kind", INPUT_KINDS)

@@ -237,10 +237,10 @@ inline void lora_linear(Rng& rng, Kernel kernel) {
   const bool nf4 = rng() % 2 == 0, biased = rng() % 2 == 0;
   const int64_t tokens = mixed ? between(rng, 1, 70) : between(rng, 1, 8), k = 64 * between(rng, 1, 22);
   const int64_t n = between(rng, 1, 150);
-  const int64_t rank = given   ? between(rng, 1, 50)
+  const int64_t rank = given   ? between(rng, 1, rng() % 8 == 0 ? 256 : 50)
                        : mixed ? between(rng, 0, 16)
                                : between(rng, 0, 2) * between(rng, 1, 17);
-  lk::cuda::pretended_device() = {static_cast<int>(between(rng, 1, rng() % 2 == 0 ? 24 : 2)), clustered ? 90 : 80};
+  lk::cuda::pretended_device() = {static_cast<int>(between(rng, 1, rng() % 2 == 0 ? 24 : 2)), clustered ? 90 : 86};
   Buffer<uint16_t> x(tokens * k), dense(nf4 ? 0 : n * k), bias(biased ? n : 0), A(rank * k), B(n * rank);
   Nf4 w(rng, nf4 ? n * k : 64, 64, rng() % 2 == 0);
   for (auto* buffer : {&x, &dense, &bias, &A, &B}) {
@@ -406,7 +406,7 @@ inline int64_t any_columns(Rng& rng) {
   return rng() % 2 == 0 ? 8 * between(rng, 1, most) : between(rng, 1, 6 * most);
 }
 inline void any_device(Rng& rng) {
-  lk::cuda::pretended_device() = {static_cast<int>(between(rng, 1, rng() % 2 == 0 ? 40 : 3)), 80};
+  lk::cuda::pretended_device() = {static_cast<int>(between(rng, 1, rng() % 2 == 0 ? 40 : 3)), 86};
 }
 
 inline void shrink(Rng& rng) {
@@ -581,7 +581,7 @@ inline void backward_dx(Rng& rng) {
   const int64_t tokens = between(rng, 1, 70), k = 64 * between(rng, 1, 7);
   const int64_t n = rng() % 4 == 0 ? between(rng, 900, 1300) : between(rng, 1, 200);
   const int64_t rank = rng() % 4 == 0 ? 0 : between(rng, 1, 40);
-  lk::cuda::pretended_device() = {static_cast<int>(between(rng, 1, 24)), 80};
+  lk::cuda::pretended_device() = {static_cast<int>(between(rng, 1, 24)), 86};
   Drawn mask(rng);
   AnyMatrix dy(rng, tokens, n, dtype, rng() % 3 == 0 ? between(rng, 0, 9) : 0), g(rng, tokens, rank, dtype);
   AnyMatrix dense(rng, nf4 ? 0 : n, k, dtype), A(rng, rank, k, any_dtype(rng, dtype));
