@@ -485,8 +485,10 @@ std::int64_t Pager::evict() {
   Lock lock = enter();
   StallTimer stall(stalled_);
   stall.start();
-  while (!queue_.empty()) unqueue(*queue_.front().page);
-  while (running_) wait_for_change(lock);
+  for (;; wait_for_change(lock)) {
+    while (!queue_.empty()) unqueue(*queue_.front().page);
+    if (!running_) break;
+  }
 
   std::exception_ptr error;
   std::vector<Page*> leaving = table_.unpinned();
