@@ -77,7 +77,8 @@ void FileStore::open() {
     if (file_ < 0) throw system_error(errno, "no backing file can be created in directory " + directory_);
     unlink(name.data());
   }
-  posix_fadvise(file_, 0, 0, POSIX_FADV_RANDOM);  // no reading ahead: it would fill the cache with other pages
+  posix_fadvise(file_, 0, 0,
+                POSIX_FADV_RANDOM);  // no reading ahead: it would fill the cache with other pages
 }
 
 IoError FileStore::error(int number, const std::string& action, int page, const std::string& why) const {

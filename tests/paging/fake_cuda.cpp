@@ -319,6 +319,13 @@ EXPORT int cuStreamDestroy_v2(void* handle) {
   return kSuccess;
 }
 
+EXPORT int cuStreamSynchronize(void* handle) {
+  BEGIN("cuStreamSynchronize");
+  Queue& queue = stream(handle);
+  machine().changed.wait(lock, [&] { return queue.operations.empty(); });
+  return kSuccess;
+}
+
 EXPORT int cuStreamWaitEvent(void* handle, void* event, unsigned) {
   BEGIN("cuStreamWaitEvent");
   const OperationPtr point = static_cast<Event*>(event)->point;
