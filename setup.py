@@ -7,7 +7,8 @@ Environment:
   LORA_KERNELS_CUDA        0 leaves CUDA out.
   CXX, NVCC                the compilers.
 
-_C is one file for every Python from 3.10 (abi3). _paging is built for one Python (pybind11), and so is the wheel.
+_C is one file for every Python from 3.10 (abi3); _paging is built for one Python (pybind11), and so is the
+wheel.
 """
 
 import importlib
@@ -109,7 +110,7 @@ def needed(package: str) -> ModuleType:
 
 
 class NinjaBuild(build_ext):
-    """Writes a build.ninja for the objects of an extension and runs it: parallel, incremental, headers tracked."""
+    """Writes a build.ninja for each extension and runs it: parallel, incremental, with headers tracked."""
 
     def build_extension(self, ext: Extension) -> None:
         name = ext.name.rpartition(".")[2]

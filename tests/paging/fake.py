@@ -12,13 +12,13 @@ NO_LIMIT = 2**62
 def build(folder: Path) -> Path:
     library = folder / "libfake_cuda.so"
     cxx = os.environ.get("CXX", "g++").split()
-    options = "-std=c++20 -O1 -fPIC -shared -fvisibility=hidden -pthread".split()
+    options = ["-std=c++20", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread"]
     subprocess.run([*cxx, *options, SOURCE, "-o", library], check=True)
     return library
 
 
 class FakeCuda:
-    """Two devices; streams are handles (0 is the legacy default stream), kernels read or fill device memory."""
+    """Two devices; streams are handles (0: the legacy default stream), kernels read or fill device memory."""
 
     def __init__(self, library: Path) -> None:
         self.path = library

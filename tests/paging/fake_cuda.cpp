@@ -386,8 +386,7 @@ EXPORT int cuGetErrorString(int result, const char** text) {
   return kSuccess;
 }
 
-// What tests control and read
-// -------------------------------------------------------------------------------------
+// What tests control and read ----------------------------------------------------------------------
 
 // The `nth` call of `function` from now on fails with `result`.
 EXPORT void fake_fail(const char* function, int nth, int result) {

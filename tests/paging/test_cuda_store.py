@@ -1,4 +1,4 @@
-"""The CUDA store on the fake driver: order on the device, limits, failures of every call, nothing left behind."""
+"""The CUDA store on the fake driver: order on the device, limits, failing calls, nothing left behind."""
 
 import shutil
 import time

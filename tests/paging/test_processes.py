@@ -4,7 +4,7 @@ from .processes import run
 
 
 def test_threads_that_share_pages_never_see_each_others_bytes():
-    """Eight threads over twelve pages and a budget of five; per page a lock of the test's own and a counter."""
+    """Eight threads, twenty pages, a budget of eight; per page a lock of the test's own and a counter."""
     run(
         """
         import random

@@ -1,4 +1,4 @@
-"""stress.cpp under ThreadSanitizer and under AddressSanitizer with UndefinedBehaviorSanitizer, both stores."""
+"""stress.cpp under ThreadSanitizer and under AddressSanitizer and UndefinedBehaviorSanitizer: both stores."""
 
 import os
 import subprocess
@@ -9,7 +9,14 @@ from .processes import ROOT
 
 SANITIZERS = {"thread": "thread", "address": "address,undefined"}
 CXX = os.environ.get("CXX", "g++").split()
-OPTIONS = "-std=c++20 -O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=undefined -pthread".split()
+OPTIONS = [
+    "-std=c++20",
+    "-O1",
+    "-g",
+    "-fno-omit-frame-pointer",
+    "-fno-sanitize-recover=undefined",
+    "-pthread",
+]
 
 
 @pytest.fixture(scope="module", params=SANITIZERS)
