@@ -348,3 +348,39 @@ def test_the_stub_and_the_docstrings_are_complete():
             signature = doc.split("\n")[0]
             assert all(argument in signature for argument in names), (name, signature)
     assert Pager.__doc__ and Pager.HEADER_BYTES == 64
+
+
+def in_the_middle_of_a_write_back():
+    """A pager of two large pages, of which the first is just being written: some 20 ms of it are left."""
+    large = 64 << 20
+    pager = Pager("cpu", large, 2 * large)
+    a, b, c = pages_of(pager, 3)
+    for page in (a, b):
+        pager.pin(page)
+        pager.view(page)[:] = b"1" * large
+        pager.unpin(page, page == a)
+    pager.write_back(a)
+    time.sleep(0.015)
+    return pager, a, c
+
+
+def test_a_page_is_not_changed_while_it_is_written():
+    """Otherwise the end of the writing would call clean what has been made dirty since."""
+    pager, page, _ = in_the_middle_of_a_write_back()
+    pager.pin(page)
+    pager.view(page)[64:128] = b"2" * 64
+    pager.unpin(page, True)
+    pager.wait()
+    assert pager.pages()[page][4]
+    pager.evict()
+    pager.pin(page)
+    assert bytes(pager.view(page)[:129]) == b"1" * 64 + b"2" * 64 + b"1"
+
+
+def test_a_page_that_is_being_written_is_evicted_when_that_is_done():
+    pager, page, other = in_the_middle_of_a_write_back()
+    pager.pin(other)
+    assert pager.stats()["bytes_written"] == pager.page_bytes  # not written a second time
+    pager.unpin(other, False)
+    pager.pin(page)
+    assert bytes(pager.view(page)) == b"1" * pager.page_bytes
