@@ -7,10 +7,12 @@ Environment:
   LORA_KERNELS_CUDA        0 leaves CUDA out.
   CXX, NVCC                the compilers.
 
-_C is one file for every Python from 3.10 (abi3). _paging is built for one Python (pybind11), and so is the wheel.
+_C is one file for every Python from 3.10 (abi3); _paging is built for one Python (pybind11), and so is the
+wheel.
 """
 
 import importlib
+import importlib.util
 import os
 import re
 import shlex
@@ -108,8 +110,20 @@ def needed(package: str) -> ModuleType:
         raise SystemExit(f"building needs the package `{name}` (pip install {name})") from error
 
 
+def pybind11_include() -> str:
+    """Where pybind11's headers are: the package's, else those that come with torch."""
+    try:
+        return importlib.import_module("pybind11").get_include()
+    except ImportError:
+        torch = importlib.util.find_spec("torch")
+        include = Path(torch.origin).parent / "include" if torch and torch.origin else Path("-")
+        if not (include / "pybind11" / "pybind11.h").exists():
+            needed("pybind11")
+        return str(include)
+
+
 class NinjaBuild(build_ext):
-    """Writes a build.ninja for the objects of an extension and runs it: parallel, incremental, headers tracked."""
+    """Writes a build.ninja for each extension and runs it: parallel, incremental, with headers tracked."""
 
     def build_extension(self, ext: Extension) -> None:
         name = ext.name.rpartition(".")[2]
@@ -124,7 +138,7 @@ class NinjaBuild(build_ext):
 
     def write_paging(self, build: Path, target: Path) -> None:
         ninja_syntax = needed("ninja.ninja_syntax")
-        includes = [needed("pybind11").get_include(), sysconfig.get_path("include")]
+        includes = [pybind11_include(), sysconfig.get_path("include")]
         cxx = " ".join(shlex.split(os.environ.get("CXX", "g++")))
         with open(build / "build.ninja", "w") as file:
             n = ninja_syntax.Writer(file, width=110)

@@ -105,13 +105,14 @@ Pages of `page_bytes` bytes on `device`, of which at most `resident_bytes` are r
 device          "cpu", or "cuda:N"
 page_bytes      a power of two >= 65536
 resident_bytes  the budget, rounded up to whole pages, at least two; None: everything may be resident
-directory       of the CPU's backing file, which has no name; None: TMPDIR, else /tmp. Without a budget there is no
-                file, until evict() needs one.
+directory       of the CPU's backing file, which has no name; None: TMPDIR, else /tmp. Without a budget there
+                is no file, until evict() needs one.
 
-A page is usable between pin() and unpin(). All methods may be called by any thread. Every method raises RuntimeError
-when the pager is closed and in a child after a fork, and ValueError for a page that does not exist. A read or write
-that failed raises OSError with its errno; the page keeps its state, and a later attempt can succeed. A background
-failure is raised once, by the next pin() of the page it concerns, wait(), or evict() where writing fails again.)doc");
+A page is usable between pin() and unpin(). All methods may be called by any thread. Every method raises
+RuntimeError when the pager is closed and in a child after a fork, and ValueError for a page that does not
+exist. A read or write that failed raises OSError with its errno; the page keeps its state, and a later
+attempt can succeed. A background failure is raised once, by the next pin() of the page it concerns, wait(),
+or evict() where writing fails again.)doc");
 
   pager
       .def(py::init([](const std::string& device, std::int64_t page_bytes,
@@ -128,24 +129,26 @@ failure is raised once, by the next pin() of the page it concerns, wait(), or ev
       .def("allocate", call(&Pager::allocate), py::arg("arena"), py::arg("bytes"), R"doc(
 Zeroed memory of `bytes` bytes: (page, offset), the offset a multiple of 64.
 
-It goes into the arena's open page where it fits, else into a new one; arenas never share a page. Raises ValueError
-where bytes is not from 1 to page_bytes - 64; OSError (disk full) or MemoryError (pinned host memory) where the
-backing store has no room for another page.)doc")
+It goes into the arena's open page where it fits, else into a new one; arenas never share a page. Raises
+ValueError where bytes is not from 1 to page_bytes - 64; OSError (disk full) or MemoryError (pinned host
+memory) where the backing store has no room for another page.)doc")
       .def("free", call(&Pager::free), py::arg("page"), py::arg("offset"), R"doc(
-Gives back an allocation; with the last one of a page also the page, its memory and its place in the backing store.
+Gives back an allocation; with the last one of a page also the page, its memory and its place in the backing
+store.
 
 Raises ValueError where nothing is allocated there, RuntimeError where the page would go and is pinned.)doc")
       .def("pin", call(&Pager::pin), py::arg("page"), py::arg("stream") = 0, R"doc(
 Makes a page resident and keeps it there; pins are counted.
 
-Where the budget is full, the least recently used unpinned page makes room, written out first if it is dirty. Blocks
-until the page is usable; on CUDA the host does not wait: work enqueued on `stream` after this does. Raises MemoryError
-where every resident page is pinned or the system has no memory, OSError where a page cannot be read or written.)doc")
+Where the budget is full, the least recently used unpinned page makes room, written out first if it is
+dirty. Blocks until the page is usable; on CUDA the host does not wait: work enqueued on `stream` after this
+does. Raises MemoryError where every resident page is pinned or the system has no memory, OSError where a
+page cannot be read or written.)doc")
       .def("unpin", call(&Pager::unpin), py::arg("page"), py::arg("dirty"), py::arg("stream") = 0, R"doc(
 Ends a pin; `dirty`: the page was written. Without it what was written may be lost.
 
-On CUDA nothing copies, evicts or frees the page before what `stream` holds now is done. Raises RuntimeError where the
-page is not pinned.)doc")
+On CUDA nothing copies, evicts or frees the page before what `stream` holds now is done. Raises RuntimeError
+where the page is not pinned.)doc")
       .def("address", call(&Pager::address), py::arg("page"),
            "The address of a pinned page; RuntimeError where it is not pinned.")
       .def(
@@ -157,19 +160,22 @@ page is not pinned.)doc")
           py::arg("page"), R"doc(
 A writable memoryview of a pinned page of a CPU's pager, header included; RuntimeError otherwise.
 
-It holds a pin of its own until it and everything made from it (arrays, tensors) is gone, so it never shows another
-page's memory; after close() it keeps the memory alive. Whether the page is dirty is said by unpin() alone.)doc")
+It holds a pin of its own until it and everything made from it (arrays, tensors) is gone, so it never shows
+another page's memory; after close() it keeps the memory alive. Whether the page is dirty is said by unpin()
+alone.)doc")
       .def("prefetch", call(&Pager::prefetch), py::arg("page"), R"doc(
-Begins to make a page resident in the background, in the place of the least recently used unpinned one if need be.
+Begins to make a page resident in the background, in the place of the least recently used unpinned one if
+need be.
 
 Counts as a use of the page. Does nothing where no room can be made.)doc")
       .def("write_back", call(&Pager::write_back), py::arg("page"), R"doc(
 Begins to write an unpinned dirty page in the background; then it is clean, and evicted without a wait.
 
-Does nothing where the page is pinned (its holder may be writing) and where there is no budget (nothing needs room).
-On a CPU, pinning the page before the writing has begun cancels it.)doc")
+Does nothing where the page is pinned (its holder may be writing) and where there is no budget (nothing
+needs room). On a CPU, pinning the page before the writing has begun cancels it.)doc")
       .def("evict", call(&Pager::evict), R"doc(
-Everything unpinned leaves the resident memory, written out where dirty; returns the bytes given back to the system.
+Everything unpinned leaves the resident memory, written out where dirty; returns the bytes given back to the
+system.
 
 A page that cannot be written stays, the others leave, and the first such error is raised.)doc")
       .def("wait", call(&Pager::wait),
@@ -213,14 +219,16 @@ pages, pinned    how many there are now
 faults           pins that had to bring their page in (what a prefetch brought is none)
 evictions        pages that have left the resident memory
 bytes_read, bytes_written             from and to the backing store
-stalled_s        for which pin(), evict() and wait() blocked; on CUDA also for which streams waited for copies)doc")
+stalled_s        for which pin(), evict() and wait() blocked, and (CUDA) streams waited for copies)doc")
       .def("reset_stats", call(&Pager::reset_stats), "Counts from zero; the peak from what is resident now.")
       .def_property_readonly("resident_limit", &Pager::resident_limit, "The budget in bytes, or None.")
       .def_property_readonly("page_bytes", &Pager::page_bytes, "The size of a page.")
       .def_property_readonly("device", &Pager::device, "\"cpu\" or \"cuda:N\".")
       .def_property_readonly("closed", call(&Pager::closed), "Whether close() has been called.")
       .def("close", call(&Pager::close),
-           "Gives everything back, without writing; views keep their memory. Does nothing the second time.")
+           "Gives everything back, without writing. Views keep their memory; kernels on pages that are still "
+           "pinned "
+           "lose it. Does nothing the second time.")
       .def("__enter__", [](py::object self) { return self; })
       .def("__exit__", [](Pager& self, const py::args&) { without_gil([&] { return self.close(), true; }); });
   pager.attr("HEADER_BYTES") = py::int_(kHeaderBytes);

@@ -38,6 +38,7 @@ std::unique_ptr<Driver> load(const std::string& path) {
   LK_FIND(cuMemsetD8Async);
   LK_FIND(cuStreamCreate);
   LK_FIND(cuStreamDestroy_v2);
+  LK_FIND(cuStreamSynchronize);
   LK_FIND(cuStreamWaitEvent);
   LK_FIND(cuEventCreate);
   LK_FIND(cuEventDestroy_v2);

@@ -37,6 +37,7 @@ struct Driver {
   Result (*cuMemsetD8Async)(Pointer, unsigned char, std::size_t, StreamHandle);
   Result (*cuStreamCreate)(StreamHandle*, unsigned);
   Result (*cuStreamDestroy_v2)(StreamHandle);
+  Result (*cuStreamSynchronize)(StreamHandle);
   Result (*cuStreamWaitEvent)(StreamHandle, EventHandle, unsigned);
   Result (*cuEventCreate)(EventHandle*, unsigned);
   Result (*cuEventDestroy_v2)(EventHandle);

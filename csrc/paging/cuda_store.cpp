@@ -116,6 +116,17 @@ class Event {
 
 using EventPtr = std::shared_ptr<Event>;
 
+// The point behind a copy that has just been enqueued. Without it nobody could wait for the copy, so then it
+// is waited for here.
+EventPtr mark(const std::shared_ptr<const Gpu>& gpu, StreamHandle stream) {
+  try {
+    return std::make_shared<Event>(gpu, stream);
+  } catch (...) {
+    gpu->api.cuStreamSynchronize(stream);
+    throw;
+  }
+}
+
 bool pending(const EventPtr& event) { return event && event->pending(); }
 
 class DeviceFrame : public Frame {
@@ -182,7 +193,7 @@ class DeviceMemory : public PageMemory {
     const Gpu::Current current(*gpu_);
     frame.hold(gpu_->in);
     gpu_->check(gpu_->api.cuMemsetD8Async(frame.pointer(), 0, page_bytes_, gpu_->in), "cuMemsetD8Async");
-    frame.overwritten(std::make_shared<Event>(gpu_, gpu_->in));
+    frame.overwritten(mark(gpu_, gpu_->in));
   }
 
   void begin_use(Frame& base, Stream stream) override {
@@ -297,7 +308,7 @@ class PinnedStore : public BackingStore {
     frame.hold(gpu_->out);
     gpu_->check(gpu_->api.cuMemcpyDtoHAsync_v2(slot.memory, frame.pointer(), page_bytes_, gpu_->out),
                 "page " + std::to_string(page) + " cannot be copied to the host: cuMemcpyDtoHAsync");
-    frame.saved = slot.written = std::make_shared<Event>(gpu_, gpu_->out);
+    frame.saved = slot.written = mark(gpu_, gpu_->out);
     return 0;
   }
 
@@ -309,7 +320,7 @@ class PinnedStore : public BackingStore {
     if (slot.written) slot.written->hold(gpu_->in);
     gpu_->check(gpu_->api.cuMemcpyHtoDAsync_v2(frame.pointer(), slot.memory, page_bytes_, gpu_->in),
                 "page " + std::to_string(page) + " cannot be copied to the device: cuMemcpyHtoDAsync");
-    slot.read = std::make_shared<Event>(gpu_, gpu_->in);
+    slot.read = mark(gpu_, gpu_->in);
     frame.overwritten(slot.read);
   }
 

@@ -77,7 +77,17 @@ void FileStore::open() {
     if (file_ < 0) throw system_error(errno, "no backing file can be created in directory " + directory_);
     unlink(name.data());
   }
-  posix_fadvise(file_, 0, 0, POSIX_FADV_RANDOM);  // no reading ahead: it would fill the cache with other pages
+  direct_ = fcntl(file_, F_SETFL, O_RDWR | O_DIRECT) == 0;
+  // No reading ahead, which would fill the cache with other pages.
+  posix_fadvise(file_, 0, 0, POSIX_FADV_RANDOM);
+}
+
+// The answer to EINVAL, which O_DIRECT gives where a transfer is not whole blocks: behind a partial one, at
+// the end of a truncated file, below a limit on the file's size. Without it the same call says what is the
+// matter.
+bool FileStore::leave_direct() {
+  if (!direct_.exchange(false)) return false;
+  return fcntl(file_, F_SETFL, O_RDWR) == 0;
 }
 
 IoError FileStore::error(int number, const std::string& action, int page, const std::string& why) const {
@@ -154,11 +164,11 @@ std::uint64_t FileStore::write(int page, Frame& frame) {
   const std::int64_t begin = page * page_bytes_;
   for (std::int64_t done = 0; done < page_bytes_;) {
     const ssize_t n = pwrite(file_, from + done, page_bytes_ - done, begin + done);
-    if (n < 0 && errno == EINTR) continue;
+    if (n < 0 && (errno == EINTR || (errno == EINVAL && leave_direct()))) continue;
     if (n <= 0) throw error(n < 0 ? errno : EIO, "written to", page);
     done += n;
   }
-  keep_out_of_cache(begin);
+  if (!direct_) keep_out_of_cache(begin);
   return sum;
 }
 
@@ -167,7 +177,7 @@ void FileStore::read(int page, Frame& frame, std::uint64_t expected) {
   const std::int64_t begin = page * page_bytes_;
   for (std::int64_t done = 0; done < page_bytes_;) {
     const ssize_t n = pread(file_, to + done, page_bytes_ - done, begin + done);
-    if (n < 0 && errno == EINTR) continue;
+    if (n < 0 && (errno == EINTR || (errno == EINVAL && leave_direct()))) continue;
     if (n < 0) throw error(errno, "read from", page);
     if (n == 0) {
       throw error(EIO, "read from", page,
@@ -175,7 +185,7 @@ void FileStore::read(int page, Frame& frame, std::uint64_t expected) {
     }
     done += n;
   }
-  posix_fadvise(file_, begin, page_bytes_, POSIX_FADV_DONTNEED);
+  if (!direct_) posix_fadvise(file_, begin, page_bytes_, POSIX_FADV_DONTNEED);
   if (const std::uint64_t sum = checksum(to, page_bytes_); sum != expected) {
     throw error(EIO, "read from", page,
                 ", which somebody has altered: its checksum is " + hex(sum) + ", what was written had " +

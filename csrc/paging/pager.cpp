@@ -128,8 +128,7 @@ void Pager::raise_error_of(Page& page) {
   if (page.error) std::rethrow_exception(std::exchange(page.error, nullptr));
 }
 
-// Allocation
-// ------------------------------------------------------------------------------------------------------
+// Allocation ------------------------------------------------------------------------------------------------
 
 std::int64_t Pager::room(std::int64_t arena) {
   const Lock lock = enter();
@@ -181,8 +180,7 @@ void Pager::free(std::int64_t number, std::int64_t offset) {
   }
 }
 
-// Pins
-// ------------------------------------------------------------------------------------------------------------
+// Pins ------------------------------------------------------------------------------------------------------
 
 void Pager::pin(std::int64_t number, Stream stream) {
   Lock lock = enter();
@@ -277,8 +275,7 @@ void Pager::drop_view(int number) noexcept {
   table_.refresh(page);
 }
 
-// Movement
-// --------------------------------------------------------------------------------------------------------
+// Movement --------------------------------------------------------------------------------------------------
 
 template <class F>
 void Pager::unlocked(Lock& lock, F&& blocking) {
@@ -368,8 +365,7 @@ bool Pager::bring_in(Lock& lock, Page& page, Page* victim, Page** culprit) {
   return true;
 }
 
-// Background
-// ------------------------------------------------------------------------------------------------------
+// Background ------------------------------------------------------------------------------------------------
 
 void Pager::start_thread() {
   if (thread_.joinable()) return;
@@ -485,8 +481,10 @@ std::int64_t Pager::evict() {
   Lock lock = enter();
   StallTimer stall(stalled_);
   stall.start();
-  while (!queue_.empty()) unqueue(*queue_.front().page);
-  while (running_) wait_for_change(lock);
+  for (;; wait_for_change(lock)) {
+    while (!queue_.empty()) unqueue(*queue_.front().page);
+    if (!running_) break;
+  }
 
   std::exception_ptr error;
   std::vector<Page*> leaving = table_.unpinned();
@@ -554,8 +552,7 @@ void Pager::wait() {
   for (Page* page : table_.all()) raise_error_of(*page);
 }
 
-// Properties, and the end
-// -----------------------------------------------------------------------------------------
+// Properties, and the end -----------------------------------------------------------------------------------
 
 std::vector<PageInfo> Pager::pages() {
   const Lock lock = enter();

@@ -18,7 +18,7 @@ def build(folder: Path) -> Path:
 
 
 class FakeCuda:
-    """Two devices; streams are handles (0 is the legacy default stream), kernels read or fill device memory."""
+    """Two devices; streams are handles (0: the legacy default stream), kernels read or fill device memory."""
 
     def __init__(self, library: Path) -> None:
         self.path = library

@@ -319,6 +319,13 @@ EXPORT int cuStreamDestroy_v2(void* handle) {
   return kSuccess;
 }
 
+EXPORT int cuStreamSynchronize(void* handle) {
+  BEGIN("cuStreamSynchronize");
+  Queue& queue = stream(handle);
+  machine().changed.wait(lock, [&] { return queue.operations.empty(); });
+  return kSuccess;
+}
+
 EXPORT int cuStreamWaitEvent(void* handle, void* event, unsigned) {
   BEGIN("cuStreamWaitEvent");
   const OperationPtr point = static_cast<Event*>(event)->point;
@@ -379,8 +386,7 @@ EXPORT int cuGetErrorString(int result, const char** text) {
   return kSuccess;
 }
 
-// What tests control and read
-// -------------------------------------------------------------------------------------
+// What tests control and read ----------------------------------------------------------------------
 
 // The `nth` call of `function` from now on fails with `result`.
 EXPORT void fake_fail(const char* function, int nth, int result) {

@@ -1,7 +1,7 @@
 """Random calls against a plain dictionary of what every allocation holds, and a model of the page table.
 
-Patient machines wait for the background after every call: then residency, LRU order and every counter are known
-exactly. The others do not, and only contents and the budget are.
+Patient machines wait for the background after every call: then residency, LRU order and every counter are
+known exactly. The others do not, and only contents and the budget are.
 """
 
 import pytest
@@ -290,6 +290,9 @@ def test_every_sequence_of_calls_agrees_with_a_dictionary_on_cuda(fake_cuda, pat
             fake_cuda.write(self.stream_of[number], self.pager.address(number) + offset, data, delay_us=100)
 
         def teardown(self):
+            # close() while a page is pinned does not wait for what its holder has enqueued.
+            for stream in streams:
+                fake_cuda.synchronize(stream)
             super().teardown()
             assert fake_cuda.violations() == ""
 
