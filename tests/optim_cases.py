@@ -3,7 +3,14 @@
 import torch
 from torch import Tensor
 
-from lora_kernels.optim.layout import BLOCK, HEADER_BYTES, OPS, ROUNDINGS, optim_state_bytes, optim_state_parts
+from lora_kernels.optim.layout import (
+    BLOCK,
+    HEADER_BYTES,
+    OPS,
+    ROUNDINGS,
+    optim_state_bytes,
+    optim_state_parts,
+)
 
 __all__ = ["BLOCK", "DTYPES", "HYPER", "OPS", "ROUNDINGS", "Problem", "run", "step_op"]
 
@@ -19,7 +26,7 @@ def aligned_page(size: int, device="cpu") -> Tensor:
 
 
 class Problem:
-    """Parameters whose pieces of at most `piece` elements (a multiple of 256) fill pages one after another."""
+    """Parameters whose pieces of at most `piece` (a multiple of 256) elements fill page after page."""
 
     def __init__(
         self,

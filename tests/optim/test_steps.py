@@ -3,10 +3,9 @@ for all of them."""
 
 import pytest
 import torch
-from optim_cases import BLOCK, DTYPES, OPS, ROUNDINGS, Problem, aligned_page, assert_same_bits, run
+from optim_cases import DTYPES, OPS, ROUNDINGS, Problem
 
 import lora_kernels as lk
-from lora_kernels.optim.layout import optim_state_bytes
 
 SIZES = (1, 255, 256, 257, 700, 2048, 5003)  # tails of every kind, and an empty parameter
 
