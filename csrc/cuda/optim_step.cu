@@ -342,7 +342,7 @@ __device__ __forceinline__ void update_block(const Launch& p, const Segment& s, 
                                              Shared<const char> tables) {
   const StateLayout layout = state_layout(kOp, s.count, kDtype, p.rounding);
   const int64_t at = block * kBlock + lane * kLaneElements, left = s.count - at;
-  const int there = left < 0 ? 0 : left < kLaneElements ? static_cast<int>(left) : kLaneElements;
+  const int there = left < kLaneElements ? static_cast<int>(left) : kLaneElements;  // or negative
   Eight x = load<kDtype>(s.param, at, there, s.aligned);
   const Eight g = kDtype == LK_F32 || s.grad_is_f32 ? load<LK_F32>(s.grad, at, there, s.aligned)
                                                     : load<kDtype>(s.grad, at, there, s.aligned);

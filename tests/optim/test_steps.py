@@ -331,7 +331,7 @@ def test_kahan_adds_up_updates_that_nearest_loses(backend, op, dtype):
             value = value + problem.state()[0, "compensation"].double()
         errors[rounding] = (value + 1 + steps * 0.01 * unit).abs().max() / unit
     assert errors["nearest"] > 2.9  # it never moved
-    # What is left: the compensation is itself rounded, 300 times, to 2^-9 of that distance (fp16: 2^-12) or less.
+    # What is left: the compensation is itself rounded, 300 times, to 2^-9 (fp16: 2^-12) of that distance.
     assert errors["kahan"] < (0.07 if dtype == torch.bfloat16 else 0.004)
 
 
