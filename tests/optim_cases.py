@@ -38,6 +38,7 @@ class Problem:
         reverse: bool = False,
     ) -> None:
         self.op, self.params, self.rounding = op, [p.clone() for p in params], rounding
+        self.piece, self.page_pieces = piece, page_pieces
         device = params[0].device
         rows, sizes = [], []
         cuts = [(i, first) for i, p in enumerate(params) for first in range(0, p.numel(), piece)]
