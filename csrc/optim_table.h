@@ -14,7 +14,7 @@ inline bool table_fits(const lk_optim_step& s) {
       return false;
     }
     const int64_t n = s.parameters[row.parameter].n;
-    if (row.first < 0 || row.first % kBlock != 0 || row.count < 0 || row.count > n ||
+    if (row.first < 0 || row.first % kBlock != 0 || row.count < 0 || row.count > INT32_MAX || row.count > n ||
         row.first > n - row.count)
       return false;
     const int64_t bytes = state_layout(s.op, row.count, s.dtype, s.rounding).bytes;

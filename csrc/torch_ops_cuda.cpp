@@ -1,6 +1,7 @@
 // Dispatch glue of the CUDA launchers on torch's stable ABI. Compiled with LK_SIMT it is the glue of the same
 // launchers on the host stand-in: the ops of namespace lora_kernels_simt, which take CPU tensors and tell the
 // stand-in which memory a kernel may read and write.
+#include "torch_optim.h"
 #include "torch_tensors.h"
 
 #ifdef LK_SIMT
@@ -385,8 +386,33 @@ std::tuple<int64_t, int64_t> lora_linear_backward_dx_scratch_cuda(const Tensor w
   return {scratch.workspace, scratch.counters};
 }
 
+// ---- the optimizers' steps
+
+template <int kOp>
+int64_t optim_step_cuda(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> pages,
+                        const Tensor segments, int64_t tick, double lr, double beta1, double beta2,
+                        double eps, double weight_decay, int64_t rounding, int64_t seed) {
+  const OptimStep step(kOp, params, grads, pages, segments, tick, lr, beta1, beta2, eps, weight_decay,
+                       rounding, seed);
+  if (!step.fits()) return LK_BAD_ARGUMENTS;
+  if (pages.empty()) return LK_OK;
+  Call call(pages[0]);
+  if (!call.ready()) return LK_NO_STREAM;
+  for (const Tensor& t : params) call.inout("params", t);
+  for (const Tensor& t : grads) call.input("grads", t);
+  for (const Tensor& t : pages) call.inout("pages", t);
+  return call.end(lk_cuda_optim_step(step.get(), call.stream()));
+}
+// GCC 12 does not instantiate a function template whose address only another template takes.
+[[maybe_unused]] constexpr auto kOptimSteps = {&optim_step_cuda<LK_ADAMW>, &optim_step_cuda<LK_ADAMW8BIT>,
+                                               &optim_step_cuda<LK_LION>, &optim_step_cuda<LK_LION8BIT>};
+
 template <class Library>
 void implement(Library& m) {
+  m.impl("adamw_step.status", TORCH_BOX(&optim_step_cuda<LK_ADAMW>));
+  m.impl("adamw8bit_step.status", TORCH_BOX(&optim_step_cuda<LK_ADAMW8BIT>));
+  m.impl("lion_step.status", TORCH_BOX(&optim_step_cuda<LK_LION>));
+  m.impl("lion8bit_step.status", TORCH_BOX(&optim_step_cuda<LK_LION8BIT>));
   m.impl("nf4_quantize.out", TORCH_BOX(&nf4_quantize_cuda));
   m.impl("nf4_dequantize.out", TORCH_BOX(&nf4_dequantize_cuda));
   m.impl("lora_dropout.out", TORCH_BOX(&lora_dropout_cuda));
@@ -408,7 +434,10 @@ void implement(Library& m) {
 }  // namespace
 
 #ifdef LK_SIMT
-STABLE_TORCH_LIBRARY(lora_kernels_simt, m) { define_out_overloads(m); }
+STABLE_TORCH_LIBRARY(lora_kernels_simt, m) {
+  define_out_overloads(m);
+  define_optim_overloads(m);
+}
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels_simt, CPU, m) { implement(m); }
 
 // For tests: the message of the last failure, the seed of the next launches, the device that launchers see.

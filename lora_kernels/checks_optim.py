@@ -104,7 +104,9 @@ def _check_table(op: str, params: list[Tensor], pages: list[Tensor], segments: T
     numel = torch.tensor([p.numel() for p in params])[parameter]
     refuse((first < 0) | (first % BLOCK != 0), "first", f"a multiple of {BLOCK}")
     refuse(
-        (count < 0) | (count > numel) | (first > numel - count), "count", "elements that the parameter has"
+        (count < 0) | (count >= 2**31) | (count > numel) | (first > numel - count),
+        "count",
+        "elements that the parameter has, fewer than 2**31",
     )
     room = torch.tensor([p.numel() for p in pages])[page]
     size = optim_state_bytes(op, count, params[0].dtype, rounding)

@@ -14,6 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from mutations_optim import OPTIM_MUTATIONS
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -418,6 +420,7 @@ MUTATIONS = [
     Mutation(
         "scales cast", LINEAR, "if tensor is not None and now.dtype != tensor.dtype:", "if False:", T_LINEAR
     ),
+    *(Mutation(*m) for m in OPTIM_MUTATIONS),
 ]
 
 

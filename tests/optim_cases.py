@@ -11,6 +11,18 @@ from lora_kernels.optim.layout import (
 )
 from torch import Tensor
 
+<<<<<<< HEAD
+=======
+from lora_kernels.optim.layout import (
+    BLOCK,
+    HEADER_BYTES,
+    OPS,
+    ROUNDINGS,
+    optim_state_bytes,
+    optim_state_parts,
+)
+
+>>>>>>> optkernels
 __all__ = ["BLOCK", "DTYPES", "HYPER", "OPS", "ROUNDINGS", "Problem", "run", "step_op"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -25,7 +37,7 @@ def aligned_page(size: int, device="cpu") -> Tensor:
 
 
 class Problem:
-    """Parameters whose pieces of at most `piece` elements (a multiple of 256) fill pages one after another."""
+    """Parameters whose pieces of at most `piece` (a multiple of 256) elements fill page after page."""
 
     def __init__(
         self,
@@ -37,6 +49,7 @@ class Problem:
         reverse: bool = False,
     ) -> None:
         self.op, self.params, self.rounding = op, [p.clone() for p in params], rounding
+        self.piece, self.page_pieces = piece, page_pieces
         device = params[0].device
         rows, sizes = [], []
         cuts = [(i, first) for i, p in enumerate(params) for first in range(0, p.numel(), piece)]

@@ -346,6 +346,41 @@ def test_dequantize_loads_and_stores_wide():
         assert stores and all(re.search(r"\.128\b", opcode) for opcode in stores), f"{kernel}: {stores}"
 
 
+# ---- the optimizers' steps ---------------------------------------------------------------------------------
+
+
+def test_the_optimizers_move_16_bytes_at_a_time():
+    """Eight elements of a lane: fp32 twice, of 16 bits once, codes 8 bytes; and again to write them back."""
+    found = named("10optim_stepI")
+    assert len(found) == 4 * 3 * len(ARCHS)
+    for kernel in found:
+        op, dtype = (int(n) for n in re.search(r"optim_stepILi(\d)ELi(\d)E", kernel.name).groups())
+        eight_bit, moments = op in (1, 3), 2 if op < 2 else 1
+        of_params = 2 if dtype == 0 else 1
+        of_states = 0 if eight_bit else 2 * moments
+        # A gradient of 16-bit parameters may be fp32.
+        loads = (
+            of_params + (2 if dtype == 0 else 3) + of_states + (0 if dtype == 0 else 1)
+        )  # and compensation
+        stores = of_params + of_states + (0 if dtype == 0 else 1)
+        count = {
+            (kind, width): sum(i.kind == kind and f".{width}" in i.opcode for i in kernel.code)
+            for kind in ("LDG", "STG")
+            for width in (64, 128)
+        }
+        assert count["LDG", 128] >= loads, f"{kernel}: {count}"
+        assert count["STG", 128] >= stores, f"{kernel}: {count}"
+        if eight_bit:
+            assert count["LDG", 64] >= moments and count["STG", 64] >= moments, f"{kernel}: {count}"
+
+
+def test_the_optimizers_table_stays_in_the_constant_bank():
+    """A parameter that is indexed by a register costs a load of constants, not a copy to local memory."""
+    for kernel in named("10optim_stepI"):
+        assert any(i.kind in ("LDC", "ULDC") for i in kernel.code), str(kernel)
+        assert not any(i.kind in ("LDL", "STL") for i in kernel.code), str(kernel)
+
+
 # ---- the reading of control flow ---------------------------------------------------------------------------
 
 

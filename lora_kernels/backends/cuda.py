@@ -17,11 +17,16 @@ from lora_kernels.backends.cuda_launchers import (
     SortedRows,
 )
 from lora_kernels.base_weight import BaseWeight
+from lora_kernels.optim_state import OPS
 
 __all__ = [
+    "adamw8bit_step",
+    "adamw_step",
     "dora_linear",
     "dora_linear_backward",
     "explain",
+    "lion8bit_step",
+    "lion_step",
     "lora_dropout",
     "lora_linear",
     "lora_linear_backward",
@@ -73,6 +78,8 @@ class CudaBackend:
         self._panels = panels.Kernels(self.nf4_dequantize, self.lora_dropout, self._start_shrink)
         kernels = composed.Kernels(self.lora_linear, self.lora_linear_backward, self._panels)
         self._composed = kernels
+        for op in OPS:
+            setattr(self, op, functools.partial(self._step, op))
         self.dora_linear = functools.partial(composed.dora_linear, kernels)
         self.dora_linear_backward = functools.partial(composed.dora_linear_backward, kernels)
 
@@ -82,6 +89,10 @@ class CudaBackend:
                 "lora_kernels was built without CUDA (no nvcc was found). Install CUDA's compiler and build "
                 'again, or choose the slow pure-PyTorch backend with lora_kernels.use_backend("reference")'
             )
+
+    def _step(self, op: str, *arguments) -> bool:
+        self._check_built()
+        return getattr(self._launchers.optim_steps, op)(*arguments)
 
     def nf4_quantize(
         self,
@@ -347,3 +358,4 @@ lora_linear, lora_linear_backward = _backend.lora_linear, _backend.lora_linear_b
 lora_linear_batched = _backend.lora_linear_batched
 lora_linear_batched_backward = _backend.lora_linear_batched_backward
 dora_linear, dora_linear_backward = _backend.dora_linear, _backend.dora_linear_backward
+adamw_step, adamw8bit_step, lion_step, lion8bit_step = (getattr(_backend, op) for op in OPS)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_kernels.backends.native import _NONFINITE, raise_for, unit_columns
+from lora_kernels.backends.native import _NONFINITE, OptimSteps, raise_for, unit_columns
 from lora_kernels.base_weight import BaseWeight
 
 _16_BIT = (torch.bfloat16, torch.float16)
@@ -51,6 +51,7 @@ class CudaLaunchers:
         self._sweep_workspace = ops.lora_linear_backward_sweep_workspace.default
         self._backward_dx = ops.lora_linear_backward_dx.out
         self._backward_dx_scratch = ops.lora_linear_backward_dx_scratch.default
+        self.optim_steps = OptimSteps(ops, failure)
         self._capability, self._failure = capability, failure
         # Of the kernels whose blocks meet at a counter: zero between launches, so one set serves every launch
         # on a stream, and no two streams may share one.

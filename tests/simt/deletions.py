@@ -228,6 +228,22 @@ MASKS = (
         "lora_linear_backward_dx.cuh", "if (token < p.tokens && col < p.k) {", "if (token < p.tokens) {"
     ),
     Deletion("lora_linear_backward_dx.cuh", "if (thread == 0) p.counters[tile] = 0;", ""),
+    *(
+        Deletion("optim_step.cu", "there == kLaneElements && aligned", condition, i)
+        for i in range(3)  # load, store_f32, store_16
+        for condition in ("aligned", "there == kLaneElements")
+    ),
+    Deletion("optim_step.cu", "if (i >= there) continue;", ""),
+    Deletion("optim_step.cu", "if (i < there) cast<float>", "cast<float>"),
+    Deletion("optim_step.cu", "if (i < there) cast<uint16_t>", "cast<uint16_t>"),
+    Deletion("optim_step.cu", "if (i < there) cast<uint8_t>", "cast<uint8_t>"),
+    Deletion("optim_step.cu", "if (i < there) words", "words"),
+    Deletion("optim_step.cu", "i < there ? __fmul_rn(entry, absmax) : 0.0f", "__fmul_rn(entry, absmax)"),
+    Deletion("optim_step.cu", "if (block * kBlock < s.count) update_block", "update_block"),
+    Deletion("optim_step.cu", "if (cast<const int64_t>(page.data)[0] == p.tick) continue;", ""),
+    Deletion("optim_step.cu", "if (kGuarded && !(new_v < kInf)) continue;", ""),
+    Deletion("optim_step.cu", "+ 1 == page.chunks", "+ 1 >= 1"),
+    Deletion("optim_step.cu", "counter[0] = 0;", ""),
     Deletion("nf4_dequantize.cu", "i < total;", "i < total + 1;", 0),
     Deletion("nf4_dequantize.cu", "i < total;", "i < total + 1;", 1),
 )

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdio>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <random>
 #include <stdexcept>
@@ -14,6 +15,7 @@
 #include "../../csrc/api.h"
 #include "../../csrc/cuda/ptx.cuh"
 #include "../../csrc/nf4.h"
+#include "../../csrc/optim_table.h"
 #include "../../csrc/philox.h"
 
 namespace problems {
@@ -143,7 +145,10 @@ inline void quantize(Rng& rng) {
   for (int launch = 0; launch < 2; ++launch) {
     for (int64_t i = 0; i < n; ++i) {
       values[i] = rng() % 7 == 0 ? 0 : normal(rng);
-      if (tie) values[i] = i % 32 != 0 ? std::clamp(values[i], -1.0f, 1.0f) : i % 64 == 0 ? 1.0f : std::nextafter(1.0f, 2.0f);
+      if (tie)
+        values[i] = i % 32 != 0   ? std::clamp(values[i], -1.0f, 1.0f)
+                    : i % 64 == 0 ? 1.0f
+                                  : std::nextafter(1.0f, 2.0f);
       if (dtype != LK_F32) values[i] = from_16(dtype, halves[i] = to_16(dtype, values[i]));
     }
     Buffer<uint8_t> packed((n + 1) / 2), codes(blocks);
@@ -240,7 +245,8 @@ inline void lora_linear(Rng& rng, Kernel kernel) {
   const int64_t rank = given   ? between(rng, 1, rng() % 8 == 0 ? 256 : 50)
                        : mixed ? between(rng, 0, 16)
                                : between(rng, 0, 2) * between(rng, 1, 17);
-  lk::cuda::pretended_device() = {static_cast<int>(between(rng, 1, rng() % 2 == 0 ? 24 : 2)), clustered ? 90 : 86};
+  lk::cuda::pretended_device() = {static_cast<int>(between(rng, 1, rng() % 2 == 0 ? 24 : 2)),
+                                  clustered ? 90 : 86};
   Buffer<uint16_t> x(tokens * k), dense(nf4 ? 0 : n * k), bias(biased ? n : 0), A(rank * k), B(n * rank);
   Nf4 w(rng, nf4 ? n * k : 64, 64, rng() % 2 == 0);
   for (auto* buffer : {&x, &dense, &bias, &A, &B}) {
@@ -305,7 +311,8 @@ inline void lora_linear(Rng& rng, Kernel kernel) {
   }
 }
 
-// ---- the low-rank products ---------------------------------------------------------------------------------
+// ---- the low-rank products
+// ---------------------------------------------------------------------------------
 
 // A matrix [rows, cols] of any dtype, rows `stride` apart.
 struct AnyMatrix {
@@ -314,7 +321,11 @@ struct AnyMatrix {
   Buffer<float> wide;
   Buffer<uint16_t> narrow;
   AnyMatrix(Rng& rng, int64_t r, int64_t c, int type, int64_t extra = 0)
-      : rows(r), cols(c), stride(c + extra), dtype(type), wide(type == LK_F32 ? r * stride : 0),
+      : rows(r),
+        cols(c),
+        stride(c + extra),
+        dtype(type),
+        wide(type == LK_F32 ? r * stride : 0),
         narrow(type == LK_F32 ? 0 : r * stride) {
     for (size_t i = 0; i < wide.size; ++i) wide[i] = normal(rng);
     for (size_t i = 0; i < narrow.size; ++i) narrow[i] = to_16(type, normal(rng));
@@ -323,14 +334,17 @@ struct AnyMatrix {
     const size_t i = r * stride + c;
     return dtype == LK_F32 ? wide[i] : from_16(dtype, narrow[i]);
   }
-  lk_matrix view() { return {dtype == LK_F32 ? static_cast<void*>(wide.get()) : narrow.get(), dtype, stride}; }
+  lk_matrix view() {
+    return {dtype == LK_F32 ? static_cast<void*>(wide.get()) : narrow.get(), dtype, stride};
+  }
   lk_matrix use(const char* name, simt::Use how) {
     wide.use(name, how), narrow.use(name, how);
     return view();
   }
 };
 
-// One adapter of every row, or several whose rows are sorted; some rows are nobody's, some adapters have none.
+// One adapter of every row, or several whose rows are sorted; some rows are nobody's, some adapters have
+// none.
 struct Adapters {
   int64_t tokens;
   bool sorted;
@@ -340,8 +354,12 @@ struct Adapters {
   int64_t most = 0;
   Buffer<int64_t> order, begins;
   Adapters(Rng& rng, int64_t rows)
-      : tokens(rows), sorted(rng() % 2 == 0), rank(sorted ? between(rng, 1, 4) : 1), of_row(rows, 0),
-        order(sorted ? rows : 0), begins(sorted ? rank.size() + 1 : 0) {
+      : tokens(rows),
+        sorted(rng() % 2 == 0),
+        rank(sorted ? between(rng, 1, 4) : 1),
+        of_row(rows, 0),
+        order(sorted ? rows : 0),
+        begins(sorted ? rank.size() + 1 : 0) {
     for (auto& r : rank) {
       r = between(rng, rng() % 4 == 0 && sorted ? 0 : 1, rng() % 3 == 0 ? 70 : 18);
       scaling.push_back(0.25 + static_cast<double>(rng() % 8) / 4);
@@ -350,7 +368,8 @@ struct Adapters {
     if (!sorted) return;
     const int64_t adapters = static_cast<int64_t>(rank.size());
     const bool uneven = rng() % 2 == 0;
-    for (auto& a : of_row) a = static_cast<int>(uneven && rng() % 8 != 0 ? 0 : between(rng, -1, adapters - 1));
+    for (auto& a : of_row)
+      a = static_cast<int>(uneven && rng() % 8 != 0 ? 0 : between(rng, -1, adapters - 1));
     size_t next = 0;
     for (int a = -1; a < adapters; ++a) {
       if (a >= 0) begins[a] = static_cast<int64_t>(next);
@@ -399,7 +418,9 @@ struct Sum {
 };
 
 inline int any_16(Rng& rng) { return rng() % 2 == 0 ? LK_BF16 : LK_F16; }
-inline int any_dtype(Rng& rng, int dtype) { return rng() % 3 == 0 ? LK_F32 : rng() % 4 == 0 ? LK_F16 : dtype; }
+inline int any_dtype(Rng& rng, int dtype) {
+  return rng() % 3 == 0 ? LK_F32 : rng() % 4 == 0 ? LK_F16 : dtype;
+}
 // Aligned or not, of one strip of columns or of two.
 inline int64_t any_columns(Rng& rng) {
   const int64_t most = rng() % 4 == 0 ? 90 : 40;
@@ -420,7 +441,8 @@ inline void shrink(Rng& rng) {
   for (const int64_t r : adapters.rank) A.emplace_back(rng, r, k, any_dtype(rng, dtype));
   const int64_t stride = adapters.most + between(rng, 0, 2);
   const int64_t count = static_cast<int64_t>(adapters.rank.size());
-  const lk_scratch space = lk_cuda_lora_shrink_scratch(adapters.tokens, count, adapters.sorted, k, adapters.most);
+  const lk_scratch space =
+      lk_cuda_lora_shrink_scratch(adapters.tokens, count, adapters.sorted, k, adapters.most);
   Buffer<uint32_t> counters(space.counters), workspace(space.workspace / 4);
   Buffer<uint16_t> h(adapters.tokens * stride);
   for (int launch = 0; launch < 2; ++launch) {
@@ -510,7 +532,8 @@ inline void sweep(Rng& rng, bool over_x) {
   const int64_t count = static_cast<int64_t>(adapters.rank.size());
   const bool with_g = !over_x && rng() % 4 != 0, with_bias = !over_x && !adapters.sorted && rng() % 2 == 0;
   AnyMatrix z(rng, adapters.tokens, columns, dtype, rng() % 4 == 0 ? between(rng, 0, 9) : 0);
-  AnyMatrix v(rng, adapters.tokens, adapters.most, dtype, rng() % 3), g(rng, adapters.tokens, v.stride, dtype);
+  AnyMatrix v(rng, adapters.tokens, adapters.most, dtype, rng() % 3),
+      g(rng, adapters.tokens, v.stride, dtype);
   std::vector<AnyMatrix> w, out;
   std::vector<bool> wanted;
   for (const int64_t r : adapters.rank) {
@@ -533,8 +556,12 @@ inline void sweep(Rng& rng, bool over_x) {
   std::vector<lk_matrix> gradients;
   for (int64_t a = 0; a < count; ++a) {
     const bool none = over_x && !wanted[a];
-    views.push_back({{}, over_x ? lk_matrix{} : w[a].use("lora_B", Use::input), none ? 0 : adapters.rank[a],
-                     over_x ? 1 : adapters.scaling[a], mask.p, mask.view()});
+    views.push_back({{},
+                     over_x ? lk_matrix{} : w[a].use("lora_B", Use::input),
+                     none ? 0 : adapters.rank[a],
+                     over_x ? 1 : adapters.scaling[a],
+                     mask.p,
+                     mask.view()});
     gradients.push_back(wanted[a] ? out[a].use(over_x ? "dA" : "dB", Use::output) : lk_matrix{});
   }
   if (over_x) {
@@ -543,9 +570,9 @@ inline void sweep(Rng& rng, bool over_x) {
   } else {
     if (with_g) g.use("g", Use::inout);
     bias.use("dbias", Use::output);
-    check_status(lk_cuda_lora_linear_backward_dy(&from, columns, &rows, views.data(), &low,
-                                                 with_g ? g.narrow.get() : nullptr, g.stride, gradients.data(),
-                                                 with_bias ? bias.get() : nullptr, workspace.get(), nullptr));
+    check_status(lk_cuda_lora_linear_backward_dy(
+        &from, columns, &rows, views.data(), &low, with_g ? g.narrow.get() : nullptr, g.stride,
+        gradients.data(), with_bias ? bias.get() : nullptr, workspace.get(), nullptr));
   }
   simt::check_outputs_written();
   for (int64_t a = 0; a < count; ++a) {
@@ -612,6 +639,227 @@ inline void backward_dx(Rng& rng) {
   }
 }
 
+// ---- the optimizers' steps
+
+// A piece of state in plain loops: what the kernel must give, to the bit.
+struct OptimPiece {
+  int op, dtype, rounding;
+  lk::optim::Numbers k;
+  lk::optim::Correction correction;
+  lk_optim_segment row;
+  uint64_t seed;
+
+  static float get(const char* from, int dtype, int64_t i) {
+    if (dtype == LK_F32) return reinterpret_cast<const float*>(from)[i];
+    return from_16(dtype, reinterpret_cast<const uint16_t*>(from)[i]);
+  }
+  static void decode(const std::vector<char>& page, int64_t codes, int64_t absmax,
+                     const std::array<float, 256>& map, std::vector<float>& out) {
+    for (size_t i = 0; i < out.size(); ++i) {
+      const uint8_t code = static_cast<uint8_t>(page[codes + i]);
+      out[i] = map[code] * reinterpret_cast<const float*>(page.data() + absmax)[i / 256];
+    }
+  }
+  static void encode(std::vector<char>& page, int64_t codes, int64_t absmax,
+                     const std::array<float, 256>& map, const std::vector<float>& x) {
+    for (size_t block = 0; block < x.size(); block += 256) {
+      const size_t end = std::min(x.size(), block + 256);
+      float most = 0;
+      for (size_t i = block; i < end; ++i) most = std::max(most, std::abs(x[i]));
+      reinterpret_cast<float*>(page.data() + absmax)[block / 256] = most;
+      const float inverse = most < lk::optim::kMinAbsmax ? 0.0f : 1.0f / most;
+      for (size_t i = block; i < end; ++i) {
+        const double r = static_cast<double>(x[i] * inverse);
+        int best = 0;
+        for (int c = 1; c < 256; ++c) {
+          const double now = std::abs(r - map[c]), before = std::abs(r - map[best]);
+          if (now < before || (now == before && std::abs(map[c]) < std::abs(map[best]))) best = c;
+        }
+        page[codes + i] = static_cast<char>(best);
+      }
+    }
+  }
+
+  void run(std::vector<char>& param, const char* grad, int grad_dtype, std::vector<char>& page) const {
+    const int64_t n = row.count;
+    const auto layout = lk::optim::state_layout(op, n, dtype, rounding);
+    const bool eight = lk::optim::is_8bit(op), adamw = lk::optim::is_adamw(op);
+    const int64_t at1 = row.offset + layout.state1, at2 = row.offset + layout.state2;
+    const int64_t absmax1 = row.offset + layout.absmax1, absmax2 = row.offset + layout.absmax2;
+    std::vector<float> m(n), v(n);
+    if (eight) {
+      decode(page, at1, absmax1, lk::nf4::kDynamicMap, m);
+      if (adamw) decode(page, at2, absmax2, lk::nf4::kUnsignedDynamicMap, v);
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      float* m_at = eight ? &m[i] : reinterpret_cast<float*>(page.data() + at1) + i;
+      float* v_at = eight || !adamw ? &v[i] : reinterpret_cast<float*>(page.data() + at2) + i;
+      const float g = get(grad, grad_dtype, row.first + i);
+      float x = get(param.data(), dtype, row.first + i);
+      uint16_t* lost = layout.compensation < 0
+                           ? nullptr
+                           : reinterpret_cast<uint16_t*>(page.data() + row.offset + layout.compensation) + i;
+      if (lost != nullptr) x += from_16(dtype, *lost);
+      const float c = k.beta1 * *m_at + k.rest1 * g;
+      float new_m = c, new_v = 0, new_x;
+      if (adamw) {
+        new_v = k.beta2 * *v_at + k.rest2 * g * g;
+        const float denominator = std::sqrt(new_v) * correction.root + k.eps;
+        new_x = x * k.decay - correction.step_size * new_m / denominator;
+      } else {
+        new_x = x * k.decay - k.lr * (c > 0 ? 1.0f : c < 0 ? -1.0f : 0.0f);
+        new_m = k.beta2 * *m_at + k.rest2 * g;
+      }
+      if (!eight || std::isfinite(adamw ? new_v : new_m)) *m_at = new_m, *v_at = new_v, x = new_x;
+      if (dtype == LK_F32) {
+        reinterpret_cast<float*>(param.data())[row.first + i] = x;
+        continue;
+      }
+      uint16_t bits = to_16(dtype, x);
+      if (rounding == LK_STOCHASTIC) {
+        const uint64_t element = static_cast<uint64_t>(row.first + i);
+        const auto words = lk::philox4x32_10(element / 4, lk::optim::stream_of(row.step, row.id), seed);
+        const uint32_t all = std::bit_cast<uint32_t>(x), magnitude = all & 0x7fffffff;
+        const bool bf16 = dtype == LK_BF16;
+        if (magnitude < (bf16 ? lk::optim::kBf16Infinity : lk::optim::kF16Infinity)) {
+          const uint32_t word = words.w[element % 4];
+          const uint32_t rounded =
+              bf16 ? lk::optim::stochastic_bf16(magnitude, word) : lk::optim::stochastic_f16(magnitude, word);
+          bits = static_cast<uint16_t>(rounded | all >> 31 << 15);
+        }
+      }
+      reinterpret_cast<uint16_t*>(param.data())[row.first + i] = bits;
+      if (lost != nullptr) {
+        const float rest = x - from_16(dtype, bits);
+        *lost = to_16(dtype, std::isfinite(rest) ? rest : 0.0f);
+      }
+    }
+    if (!eight) return;
+    encode(page, at1, absmax1, lk::nf4::kDynamicMap, m);
+    if (adamw) encode(page, at2, absmax2, lk::nf4::kUnsignedDynamicMap, v);
+  }
+};
+
+// Bytes at a multiple of 64, and their copy for the plain loops.
+struct OptimBytes {
+  std::unique_ptr<char[]> raw;
+  char* data;
+  std::vector<char> wanted;
+  explicit OptimBytes(size_t n) : raw(std::make_unique<char[]>(n + 64)), wanted(n) {
+    data = raw.get() + (64 - reinterpret_cast<uintptr_t>(raw.get()) % 64) % 64;
+  }
+  void expect() { std::copy(data, data + wanted.size(), wanted.begin()); }
+  // Normal numbers, some of which may be infinite.
+  void fill(Rng& rng, int dtype, bool some_infinite) {
+    const size_t size = dtype == LK_F32 ? 4 : 2;
+    for (size_t i = 0; i < wanted.size() / size; ++i) {
+      const bool bad = some_infinite && rng() % 100 == 0;
+      const float x = bad ? std::numeric_limits<float>::infinity() : normal(rng);
+      if (dtype == LK_F32) {
+        reinterpret_cast<float*>(data)[i] = x;
+      } else {
+        reinterpret_cast<uint16_t*>(data)[i] = to_16(dtype, x);
+      }
+    }
+  }
+  void check(const char* what, size_t number) const {
+    for (size_t i = 0; i < wanted.size(); ++i) {
+      if (data[i] != wanted[i])
+        throw Wrong(std::string(what) + " " + std::to_string(number) + ": byte " + std::to_string(i) +
+                    " differs");
+    }
+  }
+};
+
+// Two steps of random pieces in random pages, some of which are done already, by up to a few launches each.
+inline void optim_step(Rng& rng) {
+  const int op = static_cast<int>(rng() % 4), dtype = static_cast<int>(rng() % 3);
+  const int rounding = dtype == LK_F32 ? LK_NEAREST : static_cast<int>(rng() % 3);
+  const int64_t size = dtype == LK_F32 ? 4 : 2, page_count = between(rng, 1, 8);
+  const int64_t parameter_count = between(rng, 1, 6);
+  lk::cuda::pretended_device() = {static_cast<int>(between(rng, 1, 3)), 80};
+  std::vector<OptimBytes> params, grads, pages;
+  std::vector<lk_optim_parameter> parameters;
+  std::vector<lk_optim_segment> rows;
+  std::vector<int64_t> page_bytes(page_count, 64);
+  for (int64_t p = 0; p < parameter_count; ++p) {
+    const int64_t n = rng() % 3 == 0 ? between(rng, 1, 20) : between(rng, 0, 3000),
+                  shift = rng() % 3 == 0 ? between(rng, 1, 7) : 0;
+    const int grad_dtype = rng() % 2 == 0 ? dtype : LK_F32;
+    const int64_t grad_size = grad_dtype == LK_F32 ? 4 : 2;
+    params.emplace_back((n + shift) * size), grads.emplace_back((n + shift) * grad_size);
+    params.back().fill(rng, dtype, false);
+    parameters.push_back(
+        {params.back().data + shift * size, grads.back().data + shift * grad_size, n, grad_dtype});
+    for (int64_t first = 0; first < n;) {
+      const int64_t count = std::min(n - first, 256 * between(rng, 1, 9)),
+                    page = between(rng, 0, page_count - 1);
+      rows.push_back({page, page_bytes[page], p, first, count, 0, p + 5});
+      page_bytes[page] += lk::optim::state_layout(op, count, dtype, rounding).bytes;
+      first += count;
+    }
+  }
+  for (const int64_t bytes : page_bytes) pages.emplace_back(bytes);
+  const int64_t done = rng() % 2 == 0 ? between(rng, 0, page_count - 1) : -1;
+  for (int64_t tick = 1; tick <= 2; ++tick) {
+    if (done >= 0 && tick == 1) *reinterpret_cast<int64_t*>(pages[done].data) = 1;
+    for (int64_t p = 0; p < parameter_count; ++p) {  // 8-bit steps leave an element alone that is not finite
+      grads[p].fill(rng, parameters[p].grad_dtype, lk::optim::is_8bit(op));
+    }
+    for (auto* group : {&params, &grads, &pages}) {
+      for (OptimBytes& bytes : *group) bytes.expect();
+    }
+    std::vector<lk_optim_page> page_table;
+    for (int64_t i = 0; i < page_count; ++i) page_table.push_back({pages[i].data, page_bytes[i]});
+    for (lk_optim_segment& row : rows) row.step = tick + row.parameter;
+    const lk_optim_step step = {op,
+                                rounding,
+                                1e-2,
+                                0.9,
+                                0.99,
+                                1e-8,
+                                0.1,
+                                static_cast<int64_t>(rng()),
+                                tick,
+                                dtype,
+                                parameters.data(),
+                                parameter_count,
+                                page_table.data(),
+                                page_count,
+                                rows.data(),
+                                static_cast<int64_t>(rows.size())};
+    for (const lk_optim_segment& row : rows) {
+      if (tick == 1 && row.page == done) continue;
+      const OptimPiece piece{op,
+                             dtype,
+                             rounding,
+                             lk::optim::numbers_of(step),
+                             lk::optim::correction_of(step, row.step),
+                             row,
+                             static_cast<uint64_t>(step.seed)};
+      // The wanted bytes of a parameter begin where its buffer does.
+      std::vector<char>& all = params[row.parameter].wanted;
+      const int64_t skip = static_cast<char*>(parameters[row.parameter].param) - params[row.parameter].data;
+      std::vector<char> own(all.begin() + skip, all.end());
+      piece.run(own, static_cast<const char*>(parameters[row.parameter].grad),
+                parameters[row.parameter].grad_dtype, pages[row.page].wanted);
+      std::copy(own.begin(), own.end(), all.begin() + skip);
+    }
+    for (OptimBytes& page : pages) *reinterpret_cast<int64_t*>(page.wanted.data()) = tick;
+    Memory memory;
+    const auto use = [](const char* name, std::vector<OptimBytes>& group, simt::Use how) {
+      for (OptimBytes& bytes : group) {
+        if (!bytes.wanted.empty()) simt::add_memory(name, bytes.data, bytes.wanted.size(), how);
+      }
+    };
+    use("params", params, simt::Use::inout), use("grads", grads, simt::Use::input);
+    use("pages", pages, simt::Use::inout);
+    check_status(lk_cuda_optim_step(&step, nullptr));
+    for (size_t i = 0; i < params.size(); ++i) params[i].check("parameter", i);
+    for (size_t i = 0; i < pages.size(); ++i) pages[i].check("page", i);
+  }
+}
+
 struct Problem {
   const char* name;
   std::function<void(Rng&)> run;
@@ -630,6 +878,7 @@ inline const std::vector<Problem>& real_kernels() {
       {"lora_linear_backward_dy", [](Rng& rng) { sweep(rng, false); }},
       {"lora_linear_backward_x", [](Rng& rng) { sweep(rng, true); }},
       {"lora_linear_backward_dx", backward_dx},
+      {"optim_step", optim_step},
   };
   return all;
 }
