@@ -1,8 +1,8 @@
 """Runs the CPU suite and prints its table: `python bench/run.py [--quick | --goals] [--results FOLDER]`.
 
 Instead: --goals measures the goals table against every peer (bench/goals.py), --all-shapes every shape and
-number of tokens (bench/all_shapes.py), --step a whole fine-tune step (bench/finetune_step.py); --compare
-holds this build against the stored baseline (bench/compare.py).
+number of tokens (bench/all_shapes.py), --step a whole fine-tune step (bench/finetune_step.py), --optim the
+optimizers (bench/optim_step.py); --compare holds this build against the stored baseline (bench/compare.py).
 
 Raw numbers and table go to bench/results/<processor and cores>/<date>.json and .md. One thread for each
 core this process may use, bound to its core.
@@ -32,6 +32,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--compare", action="store_true", help="this build against the stored baseline (bench/compare.py)"
     )
+    parser.add_argument(
+        "--optim",
+        action="store_true",
+        help="optimizer steps, resident and paged, against torch's fused AdamW",
+    )
     arguments, rest = parser.parse_known_args(argv)
 
     sys.path.insert(0, str(ROOT))
@@ -46,7 +51,7 @@ def main(argv: list[str]) -> int:
         "OMP_PLACES": os.environ.get("OMP_PLACES", "cores"),
     }
     modules = {"goals": "bench.goals", "compare": "bench.compare", "step": "bench.finetune_step"}
-    modules["all_shapes"] = "bench.all_shapes"
+    modules |= {"all_shapes": "bench.all_shapes", "optim": "bench.optim_step"}
     module = next((name for flag, name in modules.items() if getattr(arguments, flag)), None)
     if module is not None:
         where = ["--results", str(arguments.results)]

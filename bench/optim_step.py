@@ -1,0 +1,221 @@
+"""Optimizer steps on a CPU: ours beside torch's fused AdamW and bitsandbytes' 8-bit one, resident and paged.
+
+    python -m bench.optim_step [--quick] [--case TEXT] [--rounds N] [--results FOLDER]
+
+Every case has one set of fp32 parameters and gradients, which all contenders update in turn, A B C A B C; a
+ratio is of one round. The cases: 1 M, 100 M and 500 M elements of state (two for each parameter's element) in
+matrices of 1024 x 1024 or less, and 1,000 adapters of rank 16 on 4096 x 4096 layers, which are 2,000 tensors.
+
+"paged" has a quarter of its state resident, the rest in a file. Beside it stands what the bytes that it moved
+cost by plain reads and writes of whole pages past the page cache, in a file in the same folder, of as much
+data at the disk's pace in the same round, and the time that the step has waited for pages.
+"""
+
+import argparse
+import json
+import mmap
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import lora_kernels as lk
+from bench import machine
+
+LR = 1e-4
+RESIDENT = 0.25
+PAGE_BYTES = 2 << 20
+PROBE_BYTES = 256 << 20
+STATE_BYTES = 8  # of a parameter's element, in 32 bits
+LEAST_RATIO, LEAST_RATIO_OF_ADAPTERS = 1.0, 2.0  # torch fused / ours, all resident
+MOST_OF_THE_DISK = 1.5  # time of a paged step over what its bytes cost
+
+
+def case_shapes(quick: bool) -> dict[str, list[tuple[int, ...]]]:
+    adapters = 50 if quick else 1000
+    cases = {
+        "1 M elements": [(500, 1000)],
+        "100 M elements": [(1024, 1024)] * 47 + [(717, 1024)],
+        f"{adapters:,} adapters": [(16, 4096), (4096, 16)] * adapters,
+        "500 M elements": [(1024, 1024)] * 238 + [(429, 1024)],
+    }
+    return dict(list(cases.items())[:3]) if quick else cases
+
+
+class Disk:
+    """Seconds for a byte, read and written, of whole pages past the page cache."""
+
+    def __init__(self, folder: str) -> None:
+        self.file = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_DIRECT, 0o600)
+        self.page = mmap.mmap(-1, PAGE_BYTES)  # O_DIRECT wants aligned memory
+        self.page.write(os.urandom(PAGE_BYTES))
+        os.posix_fallocate(self.file, 0, PROBE_BYTES)
+        self.measure()
+
+    def measure(self) -> tuple[float, float]:
+        costs = []
+        for transfer in (os.preadv, os.pwritev):
+            start = time.perf_counter()
+            for begin in range(0, PROBE_BYTES, PAGE_BYTES):
+                if transfer(self.file, [self.page], begin) != PAGE_BYTES:
+                    raise OSError("a transfer was cut short")
+            costs.append((time.perf_counter() - start) / PROBE_BYTES)
+        return costs[0], costs[1]
+
+
+def contenders(ps: list[nn.Parameter], folder: str, paged: bool) -> dict[str, torch.optim.Optimizer]:
+    elements = sum(p.numel() for p in ps)
+    found: dict[str, torch.optim.Optimizer] = {
+        "torch fused": torch.optim.AdamW(ps, lr=LR, fused=True),
+        "torch foreach": torch.optim.AdamW(ps, lr=LR, foreach=True),
+        "ours": lk.optim.PagedAdamW(ps, lr=LR),
+        "ours 8-bit": lk.optim.PagedAdamW8bit(ps, lr=LR),
+    }
+    if paged:
+        options = {"page_bytes": PAGE_BYTES, "directory": folder}
+        budget = int(RESIDENT * elements * STATE_BYTES)
+        found["ours paged"] = lk.optim.PagedAdamW(ps, lr=LR, resident_bytes=budget, **options)
+        found["ours 8-bit paged"] = lk.optim.PagedAdamW8bit(ps, lr=LR, resident_bytes=budget // 4, **options)
+    if machine.version("bitsandbytes"):
+        import bitsandbytes as bnb
+
+        found["bitsandbytes 8-bit"] = bnb.optim.AdamW8bit(ps, lr=LR)
+    return found
+
+
+def timed(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def measure(name: str, shapes: list[tuple[int, ...]], rounds: int, folder: str, paged: bool) -> dict:
+    """Median times, ratios within a round, and for the paged ones what their bytes cost."""
+    generator = torch.Generator().manual_seed(0)
+    ps = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    for p in ps:
+        p.grad = torch.randn(p.shape, generator=generator).mul_(1e-3)
+    optimizers = contenders(ps, folder, paged)
+    disk = Disk(folder) if paged else None
+    for optimizer in optimizers.values():
+        optimizer.step()  # makes the state
+        optimizer.step()
+    samples: dict[str, list[float]] = {label: [] for label in optimizers}
+    of_disk: dict[str, list[float]] = {label: [] for label in optimizers if label.endswith("paged")}
+    moved: dict[str, dict[str, float]] = {}
+    for _ in range(rounds):
+        cost = disk.measure() if disk else (0.0, 0.0)
+        for label, optimizer in optimizers.items():
+            before = optimizer.stats() if label in of_disk else {}
+            samples[label].append(timed(optimizer.step))
+            if label in of_disk:
+                after = optimizer.stats()
+                moved[label] = {
+                    key: after[key] - before[key] for key in ("bytes_read", "bytes_written", "stalled_s")
+                }
+                bytes_cost = cost[0] * moved[label]["bytes_read"] + cost[1] * moved[label]["bytes_written"]
+                of_disk[label].append(samples[label][-1] / bytes_cost)
+                moved[label]["bytes_cost_s"] = bytes_cost
+    rows = []
+    for label, times in samples.items():
+        ratios = [b / a for a, b in zip(times, samples["torch fused"], strict=True)]
+        row = {
+            "contender": label,
+            "median_ms": statistics.median(times) * 1e3,
+            "least_ms": min(times) * 1e3,
+            "times_ms": [t * 1e3 for t in times],
+            "torch_fused_over_it": statistics.median(ratios),
+        }
+        if label in of_disk:
+            row |= {"over_the_bytes_cost": statistics.median(of_disk[label]), **moved[label]}
+        if isinstance(optimizers[label], lk.optim.PagedOptimizer):
+            stats = optimizers[label].stats()
+            row |= {"peak_resident_bytes": stats["peak_resident_bytes"], "pages": stats["pages"]}
+        rows.append(row)
+    for optimizer in optimizers.values():
+        if isinstance(optimizer, lk.optim.PagedOptimizer):
+            optimizer.close()
+    elements = sum(p.numel() for p in ps)
+    return {"case": name, "tensors": len(ps), "parameters": elements, "rows": rows}
+
+
+def goals(cases: list[dict]) -> list[tuple[str, str, str, bool]]:
+    """case, goal, reached, whether it is met."""
+    found = []
+    for case in cases:
+        rows = {row["contender"]: row for row in case["rows"]}
+        least = LEAST_RATIO_OF_ADAPTERS if case["case"].endswith("adapters") else LEAST_RATIO
+        got = rows["ours"]["torch_fused_over_it"]
+        found.append((case["case"], f"resident: torch fused / ours ≥ {least:g}", f"{got:.2f}", got >= least))
+        if "ours paged" in rows:
+            got = rows["ours paged"]["over_the_bytes_cost"]
+            goal = f"a quarter resident: ≤ {MOST_OF_THE_DISK} of what the bytes cost"
+            found.append((case["case"], goal, f"{got:.2f}", got <= MOST_OF_THE_DISK))
+    return found
+
+
+def markdown(result: dict) -> str:
+    about = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
+    lines = ["# Optimizer steps", "", f"{about}. AdamW, fp32; medians over interleaved rounds.", ""]
+    lines += [
+        "| case | contender | median ms | torch fused / it | peak resident MiB | moved MiB | "
+        "time / bytes' cost | waited ms |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for case in result["cases"]:
+        for row in case["rows"]:
+            paged = "over_the_bytes_cost" in row
+            resident = f"{row['peak_resident_bytes'] / 2**20:,.0f}" if "peak_resident_bytes" in row else ""
+            moved = f"{(row['bytes_read'] + row['bytes_written']) / 2**20:,.0f}" if paged else ""
+            cost = f"{row['over_the_bytes_cost']:.2f}" if paged else ""
+            stalled = f"{row['stalled_s'] * 1e3:,.0f}" if paged else ""
+            lines.append(
+                f"| {case['case']} | {row['contender']} | {row['median_ms']:,.2f} | "
+                f"{row['torch_fused_over_it']:.2f} | {resident} | {moved} | {cost} | {stalled} |"
+            )
+    lines += ["", "| case | goal | reached | met |", "|---|---|---:|---|"]
+    lines += [
+        f"| {c} | {g} | {r} | {'yes' if met else '**no**'} |" for c, g, r, met in goals(result["cases"])
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description="Times optimizer steps.", allow_abbrev=False)
+    parser.add_argument("--quick", action="store_true", help="small cases only")
+    parser.add_argument("--case", metavar="TEXT", help="only the cases whose name has this in it")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--directory", default=tempfile.gettempdir(), help="of the backing files")
+    parser.add_argument("--results", type=Path, default=Path("bench/results"), metavar="FOLDER")
+    arguments = parser.parse_args(argv)
+    cases = []
+    for name, shapes in case_shapes(arguments.quick).items():
+        if arguments.case and arguments.case not in name:
+            continue
+        print(name, file=sys.stderr, flush=True)
+        paged = sum(torch.Size(s).numel() for s in shapes) * STATE_BYTES > 8 * PAGE_BYTES
+        rounds = max(3, arguments.rounds // (3 if name.startswith("500 M") else 1))
+        cases.append(measure(name, shapes, rounds, arguments.directory, paged))
+    result = {
+        "machine": {**machine.describe_cpu(), "commit": machine.commit()},
+        "command": "python bench/run.py --optim " + " ".join(argv),
+        "cases": cases,
+    }
+    folder = arguments.results / machine.slug()
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = folder / time.strftime("%Y-%m-%d_%H%M%S_optim_step.json")
+    raw.write_text(json.dumps(result, indent=1) + "\n")
+    text = markdown(result)
+    raw.with_suffix(".md").write_text(text)
+    print(text, f"\nwritten: {raw}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
