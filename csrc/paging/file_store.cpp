@@ -85,9 +85,9 @@ void FileStore::open() {
 // The answer to EINVAL, which O_DIRECT gives where a transfer is not whole blocks: behind a partial one, at
 // the end of a truncated file, below a limit on the file's size. Without it the same call says what is the
 // matter.
-bool FileStore::leave_direct() {
-  if (!direct_.exchange(false)) return false;
-  return fcntl(file_, F_SETFL, O_RDWR) == 0;
+void FileStore::leave_direct() {
+  fcntl(file_, F_SETFL, O_RDWR);
+  direct_ = false;
 }
 
 IoError FileStore::error(int number, const std::string& action, int page, const std::string& why) const {
@@ -163,8 +163,13 @@ std::uint64_t FileStore::write(int page, Frame& frame) {
   const std::uint64_t sum = checksum(from, page_bytes_);
   const std::int64_t begin = page * page_bytes_;
   for (std::int64_t done = 0; done < page_bytes_;) {
+    const bool direct = direct_;
     const ssize_t n = pwrite(file_, from + done, page_bytes_ - done, begin + done);
-    if (n < 0 && (errno == EINTR || (errno == EINVAL && leave_direct()))) continue;
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0 && errno == EINVAL && direct) {
+      leave_direct();
+      continue;
+    }
     if (n <= 0) throw error(n < 0 ? errno : EIO, "written to", page);
     done += n;
   }
@@ -176,8 +181,13 @@ void FileStore::read(int page, Frame& frame, std::uint64_t expected) {
   auto* to = reinterpret_cast<char*>(frame.address());
   const std::int64_t begin = page * page_bytes_;
   for (std::int64_t done = 0; done < page_bytes_;) {
+    const bool direct = direct_;
     const ssize_t n = pread(file_, to + done, page_bytes_ - done, begin + done);
-    if (n < 0 && (errno == EINTR || (errno == EINVAL && leave_direct()))) continue;
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0 && errno == EINVAL && direct) {
+      leave_direct();
+      continue;
+    }
     if (n < 0) throw error(errno, "read from", page);
     if (n == 0) {
       throw error(EIO, "read from", page,

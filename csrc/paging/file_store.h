@@ -71,7 +71,7 @@ class FileStore : public BackingStore {
   void open();
   int allocate(std::int64_t begin, std::int64_t bytes);  // errno
   void keep_out_of_cache(std::int64_t begin);
-  bool leave_direct();  // whether O_DIRECT was on; it is off then
+  void leave_direct();
   bool resize(std::int64_t pages);
   IoError error(int number, const std::string& action, int page, const std::string& why = "") const;
 
