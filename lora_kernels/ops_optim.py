@@ -15,7 +15,12 @@ backend. `lora_kernels.optim_state` has the layout of pages, `lora_kernels.refer
         tick      a number of the call, not 0: a page whose header holds it is left alone, with the params of
                   its segments; another one is updated and then holds it. All pieces of a page belong into one
                   call; a step that was cut short is completed by the same calls again.
-        rounding  of 16-bit params: "nearest", "stochastic" or "kahan"; seed: of "stochastic"
+        rounding  of 16-bit params, whose arithmetic is fp32 with one rounding at the end: "nearest";
+                  "stochastic", up or down by random words of (seed, id, step, element); or "kahan", where the
+                  value is the parameter plus a compensation of its dtype, which keeps what the rounding lost
+
+A NaN or an infinity in a gradient goes into the parameter and the 32-bit state of its element, as in torch. An
+8-bit step leaves such an element alone, for it would spoil the 255 others that share its absmax.
 
 Not differentiable: call them under torch.no_grad, with detached tensors.
 """

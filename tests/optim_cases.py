@@ -1,19 +1,9 @@
 """Parameters, gradients and pages for the optimizers' steps, cut into pieces as a test asks."""
 
 import torch
-from lora_kernels.optim.layout import (
-    BLOCK,
-    HEADER_BYTES,
-    OPS,
-    ROUNDINGS,
-    optim_state_bytes,
-    optim_state_parts,
-)
 from torch import Tensor
 
-<<<<<<< HEAD
-=======
-from lora_kernels.optim.layout import (
+from lora_kernels.optim_state import (
     BLOCK,
     HEADER_BYTES,
     OPS,
@@ -22,7 +12,6 @@ from lora_kernels.optim.layout import (
     optim_state_parts,
 )
 
->>>>>>> optkernels
 __all__ = ["BLOCK", "DTYPES", "HYPER", "OPS", "ROUNDINGS", "Problem", "run", "step_op"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -2,8 +2,8 @@
 
 A backend is a module with the same functions, which compute into outputs that `lora_kernels.ops` has checked
 and allocated: `nf4_quantize, nf4_dequantize, lora_dropout`, `lora_linear, lora_linear_batched, dora_linear`
-each with its `_backward`, and `explain`. The choice is made per call from the device; `use_backend` or the
-environment variable LORA_KERNELS_BACKEND force one.
+each with its `_backward`, `adamw_step, adamw8bit_step, lion_step, lion8bit_step`, and `explain`. The choice
+is made per call from the device; `use_backend` or the environment variable LORA_KERNELS_BACKEND force one.
 """
 
 import os

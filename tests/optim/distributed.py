@@ -1,7 +1,7 @@
 """One process of a distributed training run: distributed.py KIND RANK PROCESSES STORE FOLDER BITS.
 
-KIND is ddp, fsdp, save or load: FSDP2 that saves a DCP checkpoint after three of six steps, and one that goes on
-from it. Process 0 writes the trained parameters to FOLDER/trained.pt.
+KIND is ddp, fsdp, save or load: FSDP2 that saves a DCP checkpoint after three of six steps, and one that goes
+on from it. Process 0 writes the trained parameters to FOLDER/trained.pt.
 """
 
 import sys

@@ -3,11 +3,18 @@
 import pytest
 import torch
 from bitsandbytes.functional import create_dynamic_map
-from lora_kernels.optim.blockwise import dequantize_blockwise, quantize_blockwise
-from lora_kernels.optim.layout import OPS, ROUNDINGS, dynamic_map, optim_state_bytes, optim_state_parts
 from optim_cases import DTYPES, Problem, aligned_page, run
 
 from lora_kernels.backends.native import _C
+from lora_kernels.optim_state import (
+    OPS,
+    ROUNDINGS,
+    dequantize_blockwise,
+    dynamic_map,
+    optim_state_bytes,
+    optim_state_parts,
+    quantize_blockwise,
+)
 
 _DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # of csrc/api.h
 _OFFSETS = ("exp_avg", "absmax1", "exp_avg_sq", "absmax2", "compensation")

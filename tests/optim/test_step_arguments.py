@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from lora_kernels.optim.layout import optim_state_bytes
 from optim_cases import HYPER, OPS, Problem, aligned_page, run, step_op
 from torch.library import opcheck
 
 import lora_kernels as lk
+from lora_kernels.optim_state import optim_state_bytes
 
 
 def arguments(op="adamw_step", n=600, dtype=torch.float32):

@@ -5,11 +5,6 @@ import math
 
 import pytest
 import torch
-<<<<<<< HEAD
-from optim_cases import DTYPES, OPS, ROUNDINGS, Problem
-
-import lora_kernels as lk
-=======
 from optim_cases import (
     DTYPES,
     HYPER,
@@ -23,10 +18,8 @@ from optim_cases import (
 
 import lora_kernels as lk
 from lora_kernels.backends.native import select_cpu_isa
-from lora_kernels.optim.blockwise import dequantize_blockwise
-from lora_kernels.optim.layout import optim_state_bytes
+from lora_kernels.optim_state import dequantize_blockwise, optim_state_bytes
 from lora_kernels.reference_optim import Hyper, lion_update, random_words, stochastic_round
->>>>>>> optkernels
 
 SIZES = (1, 255, 256, 257, 700, 2048, 5003, 0)  # tails of every kind, and an empty parameter
 SIXTEEN = (torch.bfloat16, torch.float16)
