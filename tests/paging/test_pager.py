@@ -3,6 +3,7 @@
 import ast
 import gc
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -384,3 +385,26 @@ def test_a_page_that_is_being_written_is_evicted_when_that_is_done():
     pager.unpin(other, False)
     pager.pin(page)
     assert bytes(pager.view(page)) == b"1" * pager.page_bytes
+
+
+def test_a_page_is_freed_when_its_writing_is_done():
+    pager, page, _ = in_the_middle_of_a_write_back()
+    pager.free(page, 64)
+    assert pager.stats()["bytes_written"] == pager.page_bytes
+    assert pager.allocate(0, 100)[0] == page
+
+
+def test_evict_takes_back_what_is_queued_while_it_waits():
+    pager, page, other = in_the_middle_of_a_write_back()
+    second = 3 - page - other
+    pager.pin(second)
+    pager.unpin(second, True)
+    given_back = []
+    thread = threading.Thread(target=lambda: given_back.append(pager.evict()))
+    thread.start()
+    time.sleep(0.005)
+    pager.write_back(second)
+    thread.join()
+    pager.wait()
+    assert given_back == [2 * pager.page_bytes]
+    assert pager.stats()["bytes_written"] == 2 * pager.page_bytes
