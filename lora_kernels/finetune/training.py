@@ -5,7 +5,7 @@ bits.
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import lora_kernels as lk
 from lora_kernels.finetune import checkpoint
 from lora_kernels.finetune.data import IGNORED, Batch, Rows, row_order
-from lora_kernels.finetune.errors import Interrupted, RunError
+from lora_kernels.finetune.errors import Interrupted, RunError, one_line
 from lora_kernels.finetune.settings import Settings
 
 
@@ -87,6 +87,18 @@ def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimiz
     budget = settings.optim_resident_mb
     resident_bytes = None if budget is None else max(1, int(budget * 2**20))
     return kinds[settings.optim](groups, resident_bytes=resident_bytes)
+
+
+@contextmanager
+def paging(settings: Settings) -> Iterator[None]:
+    """Turns an error of the optimizer's pages inside the block into one line."""
+    try:
+        yield
+    except (OSError, MemoryError) as error:
+        raise RunError(
+            f"--optim {settings.optim}: {one_line(error)}; make room, or name another folder in TMPDIR, then "
+            "go on from the last checkpoint with --resume"
+        ) from error
 
 
 def lr_factor(step: int, steps: int, settings: Settings) -> float:
@@ -184,7 +196,8 @@ class Trainer:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(state["adapter"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
+        with paging(self.settings):
+            self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
         self.history = History(**state["history"])
@@ -207,7 +220,7 @@ class Trainer:
         """One optimizer step over grad_accum batches, each target counting the same.
 
         Raises:
-            RunError: the loss is not finite.
+            RunError: the loss is not finite, or the optimizer's pages have no room.
             Interrupted: from `check_stop`, with `state()` still that of the step before.
         """
         began = time.perf_counter()
@@ -239,7 +252,8 @@ class Trainer:
         norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), limit))
         if not math.isfinite(norm) and not self.scaler.is_enabled():
             raise RunError(f"the gradient's norm is {norm} at step {self.step + 1}; a lower --lr may help")
-        self.scaler.step(self.optimizer)
+        with paging(self.settings):
+            self.scaler.step(self.optimizer)
         self.scaler.update()
         self.step += 1
         self._rng = self._rng_state()

@@ -125,17 +125,21 @@ class PagedState:
         pages = self._arenas.setdefault(arena, [])
         pieces: list[Piece] = []
         first, left = 0, local.numel()
-        while left > 0:
-            count = self._fitting(arena, left, pager.room(arena_number))
-            if count == 0:
-                count = self._fitting(arena, left, self.page_bytes - optim_state.HEADER_BYTES)
-            page, offset = pager.allocate(arena_number, self._bytes(arena, count))
-            piece = Piece(page, offset, first, count)
-            if not pages or pages[-1] != page:
-                pages.append(page)
-            self._entries.setdefault((local.device, page), []).append((parameter, piece))
-            pieces.append(piece)
-            first, left = first + count, left - count
+        try:
+            while left > 0:
+                count = self._fitting(arena, left, pager.room(arena_number))
+                if count == 0:
+                    count = self._fitting(arena, left, self.page_bytes - optim_state.HEADER_BYTES)
+                pieces.append(Piece(*pager.allocate(arena_number, self._bytes(arena, count)), first, count))
+                first, left = first + count, left - count
+        except BaseException:  # no room for all of it: no trace of it
+            for piece in pieces:
+                pager.free(piece.page, piece.offset)
+            raise
+        for piece in pieces:
+            if not pages or pages[-1] != piece.page:
+                pages.append(piece.page)
+            self._entries.setdefault((local.device, piece.page), []).append((parameter, piece))
         self._homes[parameter] = arena, pieces
         self._numbers[parameter] = number
         self._runs = None

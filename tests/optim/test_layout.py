@@ -62,12 +62,12 @@ def test_layout_errors_name_the_argument(arguments, names):
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_the_dynamic_map_is_that_of_bitsandbytes(signed):
-    assert torch.equal(dynamic_map(signed), create_dynamic_map(signed=signed))
+    assert torch.equal(dynamic_map(signed=signed), create_dynamic_map(signed=signed))
 
 
 def near_midpoints(signed: bool):
     """Blocks whose absmax is a power of two, with values at and a bit beside every midpoint of the map."""
-    entries = dynamic_map(signed).double()
+    entries = dynamic_map(signed=signed).double()
     middle = ((entries[1:] + entries[:-1]) / 2).float()
     values = torch.cat([torch.nextafter(middle, torch.tensor(side)) for side in (-9.0, 9.0)] + [middle])
     values = values.reshape(-1, 255)
@@ -86,7 +86,7 @@ def inputs(signed: bool):
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_codes_are_the_nearest_entries(signed):
-    entries = dynamic_map(signed).double()
+    entries = dynamic_map(signed=signed).double()
     for x in inputs(signed):
         codes, absmax = quantize_blockwise(x, signed)
         scale = absmax.repeat_interleave(256)[: x.numel()]

@@ -4,6 +4,7 @@ import copy
 import gc
 import math
 import pickle
+import resource
 
 import pytest
 import torch
@@ -159,6 +160,25 @@ def test_out_of_memory_evicts_and_tries_once_more(monkeypatch, error, tmp_path):
     trained = train(optimizer, gradients(2))
     assert len(evicted) == 1 and evicted[0] > 0
     assert same_bits(trained, expected)
+
+
+def test_a_full_disk_in_the_first_step_leaves_nothing_behind(tmp_path):
+    """The limit on a file's size stands in for a full disk. When there is room, the same step succeeds."""
+    expected = train(lk.optim.PagedAdamW(parameters()), gradients(3))
+    optimizer = lk.optim.PagedAdamW(parameters(), resident_bytes=1, page_bytes=PAGE, directory=tmp_path)
+    steps = list(gradients(3))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (7 * PAGE, before[1]))
+    try:
+        for _ in range(2):
+            with pytest.raises(OSError, match="cannot be given room in the backing file"):
+                train(optimizer, steps[:1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert same_bits(train(optimizer, iter(steps)), expected)
+    whole = lk.optim.PagedAdamW(parameters(), page_bytes=PAGE)
+    train(whole, iter(steps[:1]))
+    assert optimizer.stats()["pages"] <= whole.stats()["pages"] + 1  # the room of a freed piece in a page
 
 
 def test_evict_empties_the_memory_and_changes_nothing(tmp_path):
