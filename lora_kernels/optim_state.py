@@ -1,8 +1,8 @@
 """How optimizer state lies in a page, and its 8-bit block-wise code: the Python twin of csrc/optim_state.h.
 
-A page is uint8 [page_bytes]: a header of HEADER_BYTES (int64 tick at byte 0, the rest zero: a CUDA step counts at
-byte 8 while it runs), then pieces of state, each of `count` consecutive elements of one parameter and at a multiple of 64 bytes. A piece holds its
-parts in a fixed order, each from a multiple of 16 bytes on:
+A page is uint8 [page_bytes]: a header of HEADER_BYTES (int64 tick at byte 0, the rest zero: a CUDA step
+counts at byte 8 while it runs), then pieces of state, each of `count` consecutive elements of one parameter
+and at a multiple of 64 bytes. A piece holds its parts in a fixed order, each from a multiple of 16 bytes on:
 
     adamw_step       exp_avg f32 [count], exp_avg_sq f32 [count]
     adamw8bit_step   state1 u8 [count], absmax1 f32 [ceil(count/256)], state2 u8 [count], absmax2 likewise
