@@ -19,8 +19,9 @@ backend. `lora_kernels.optim_state` has the layout of pages, `lora_kernels.refer
                   "stochastic", up or down by random words of (seed, id, step, element); or "kahan", where the
                   value is the parameter plus a compensation of its dtype, which keeps what the rounding lost
 
-A NaN or an infinity in a gradient goes into the parameter and the 32-bit state of its element, as in torch.
-An 8-bit step leaves such an element alone, for it would spoil the 255 others that share its absmax.
+A NaN or an infinity in a gradient goes into its element's 32-bit state, and with AdamW into the parameter, as
+in torch (Lion: the sign of NaN is 0). An 8-bit step leaves such an element alone, for it would spoil the 255
+others that share its absmax.
 
 Not differentiable: call them under torch.no_grad, with detached tensors.
 """
