@@ -138,7 +138,8 @@ lk_scratch lk_cuda_lora_linear_decode_scratch(int64_t tokens, int64_t out_featur
                                               int64_t rank, int nf4, int clustered);
 
 // lora_linear for more tokens, in one launch. `given_h` [T, r]: h where it is computed already (dropout, or a
-// rank over 16); else null, and h is written. The base is as lora_linear_decode takes it.
+// rank over 16); else null, h is written, and A has to be of x's dtype with rows that start on 16 bytes.
+// The base is as lora_linear_decode takes it.
 int lk_cuda_lora_linear_mixed(const lk_matrix* x, int64_t tokens, const lk_base_weight* base,
                               const lk_adapter* adapter, const lk_matrix* bias, const void* given_h, void* y,
                               void* h, void* workspace, uint32_t* counters, void* stream);

@@ -28,6 +28,14 @@ class SortedRows(NamedTuple):
     begins: Tensor  # int64 [adapters + 1]
 
 
+def _in_pieces(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """As a kernel copies it: of `dtype`, unit column stride, rows that start on 16 bytes if they can."""
+    matrix = unit_columns(matrix.to(dtype))
+    if matrix.data_ptr() % 16 != 0 or matrix.stride(0) * matrix.element_size() % 16 != 0:
+        matrix = matrix.clone(memory_format=torch.contiguous_format)
+    return matrix
+
+
 class CudaLaunchers:
     """Calls launchers, allocates their scratch, turns their status codes into exceptions.
 
@@ -150,20 +158,15 @@ class CudaLaunchers:
         h_given: bool,
     ) -> None:
         """h is an output, or where it is given (dropout, or r > MOST_FUSED_RANK) an input."""
-        if x.data_ptr() % 16 != 0 or x.stride(0) % 8 != 0:
-            x = x.clone(memory_format=torch.contiguous_format)
+        x = _in_pieces(x, x.dtype)
+        if lora_A is not None:  # where h is given, only its shape counts
+            lora_A = unit_columns(lora_A) if h_given else _in_pieces(lora_A, x.dtype)
         sizes = (x.shape[0], base.out_features, base.in_features, 0 if h_given else h.shape[1])
         workspace, counters = self._mixed_scratch(base.data, *sizes)
         status = self._mixed(
             x,
             *(unit_columns(base.data), base.absmax, base.nested_absmax, base.offset, base.blocksize),
-            *(
-                unit_columns(lora_A),
-                unit_columns(lora_B),
-                scaling,
-                unit_columns(bias),
-                h if h_given else None,
-            ),
+            *(lora_A, unit_columns(lora_B), scaling, unit_columns(bias), h if h_given else None),
             y=y,
             h=None if h_given else h,
             workspace=x.new_empty(workspace, dtype=torch.uint8),
