@@ -374,8 +374,9 @@ int64_t lora_linear_backward_dx_cuda(const Tensor dy, const Tensor weight, std::
   const lk_adapter lora = adapter(lora_A, std::nullopt, 1, p, rng);
   const lk_matrix rows = matrix(dy);
   return call.end(lk_cuda_lora_linear_backward_dx(
-      &rows, dy.size(0), &base, &lora, g ? g->const_data_ptr() : nullptr, dx.mutable_data_ptr(),
-      workspace.mutable_data_ptr(), static_cast<uint32_t*>(counters.mutable_data_ptr()), call.stream()));
+      &rows, dy.size(0), &base, &lora, g ? g->const_data_ptr() : nullptr, g ? g->stride(0) : 0,
+      dx.mutable_data_ptr(), workspace.mutable_data_ptr(),
+      static_cast<uint32_t*>(counters.mutable_data_ptr()), call.stream()));
 }
 
 std::tuple<int64_t, int64_t> lora_linear_backward_dx_scratch_cuda(const Tensor weight, int64_t tokens,

@@ -25,8 +25,8 @@ int run_tokens(const Problem& p, const Plan& plan, void* stream) {
 
 extern "C" int lk_cuda_lora_linear_backward_dx(const lk_matrix* dy, int64_t tokens,
                                                const lk_base_weight* base, const lk_adapter* adapter,
-                                               const void* g, void* dx, void* workspace, uint32_t* counters,
-                                               void* stream) {
+                                               const void* g, int64_t g_stride, void* dx, void* workspace,
+                                               uint32_t* counters, void* stream) {
   using namespace lk::cuda;
   if (dy->dtype != LK_BF16 && dy->dtype != LK_F16) return LK_UNSUPPORTED_DTYPE;
   const backward_dx::Plan plan =
@@ -35,6 +35,7 @@ extern "C" int lk_cuda_lora_linear_backward_dx(const lk_matrix* dy, int64_t toke
   const backward_dx::Problem p{
       lora_linear_operands(*dy, tokens, *base, *adapter, none, dx, const_cast<void*>(g)),
       matrix_of(*dy),
+      g_stride,
       dropout_of(adapter->dropout_p, adapter->rng),
       lk::Global<float>(static_cast<float*>(workspace)),
       lk::Global<uint32_t>(counters),

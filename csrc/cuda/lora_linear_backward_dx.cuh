@@ -54,6 +54,7 @@ struct Shape {
 
 struct Problem : LoraLinear {  // x is dy [T, N], h is g [T, r] and y is dx [T, K]
   Matrix dy;
+  int64_t g_stride;
   Dropout dropout;
   Global<float> partial;      // [tile][slice][kTokens][kColumns]
   Global<uint32_t> counters;  // [tiles], zero between launches
@@ -285,7 +286,7 @@ struct Kernel {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             const int rank = first + 2 * t + e + 8 * i;
-            if (token < p.tokens && rank < p.rank) two[e] = p.h[token * p.rank + rank];
+            if (token < p.tokens && rank < p.rank) two[e] = p.h[token * p.g_stride + rank];
           }
           b[i] = two[0] | two[1] << 16;
         }

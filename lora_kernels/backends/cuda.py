@@ -15,6 +15,7 @@ from lora_kernels.backends.cuda_launchers import (
     MOST_FUSED_RANK,
     CudaLaunchers,
     SortedRows,
+    rank_rows,
 )
 from lora_kernels.base_weight import BaseWeight
 
@@ -145,8 +146,7 @@ class CudaBackend:
         current, beside = torch.cuda.current_stream(x.device), _second_stream(x.device)
         beside.wait_stream(current)
         with torch.cuda.stream(beside):
-            # Whole pieces of A are copied as they are only in x's dtype; a cast costs less than loads do.
-            self._launchers.lora_shrink(x, [lora_A.to(x.dtype)], dropout_p, rng, h)
+            self._launchers.lora_shrink(x, [lora_A], dropout_p, rng, h)
         return lambda: current.wait_stream(beside)
 
     def lora_linear_backward(
@@ -173,7 +173,7 @@ class CudaBackend:
             return
         g = None
         if lora_A is not None and lora_A.shape[0] > 0 and (dx is not None or dA is not None):
-            g = dy.new_empty(dy.shape[0], lora_A.shape[0])
+            g = rank_rows(dy, lora_A.shape[0])
         if g is not None or dB is not None or dbias is not None:
             adapters = ([], []) if lora_B is None else ([lora_B], [scaling / (1 - dropout_p)])
             self._launchers.lora_linear_backward_dy(
@@ -252,7 +252,7 @@ class CudaBackend:
             rank = max(a.shape[0] for a in lora_A[some])
             if rank == 0:
                 continue
-            g = dy.new_empty(dy.shape[0], rank) if dx is not None or any(wanted[some]) else None
+            g = rank_rows(dy, rank) if dx is not None or any(wanted[some]) else None
             keep = [s / (1 - dropout_p) for s in scaling[some]]
             need_dB = any(out is not None for out in dB[some])
             if g is not None or need_dB:

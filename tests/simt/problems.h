@@ -583,7 +583,8 @@ inline void backward_dx(Rng& rng) {
   const int64_t rank = rng() % 4 == 0 ? 0 : between(rng, 1, 40);
   lk::cuda::pretended_device() = {static_cast<int>(between(rng, 1, 24)), 86};
   Drawn mask(rng);
-  AnyMatrix dy(rng, tokens, n, dtype, rng() % 3 == 0 ? between(rng, 0, 9) : 0), g(rng, tokens, rank, dtype);
+  AnyMatrix dy(rng, tokens, n, dtype, rng() % 3 == 0 ? between(rng, 0, 9) : 0);
+  AnyMatrix g(rng, tokens, rank, dtype, rng() % 3);
   AnyMatrix dense(rng, nf4 ? 0 : n, k, dtype), A(rng, rank, k, any_dtype(rng, dtype));
   Nf4 w(rng, nf4 ? n * k : 64, 64, rng() % 2 == 0);
   const lk_scratch space = lk_cuda_lora_linear_backward_dx_scratch(tokens, n, k);
@@ -598,8 +599,8 @@ inline void backward_dx(Rng& rng) {
     const lk_nf4_weight weight = nf4 ? w.view() : lk_nf4_weight{};
     const lk_base_weight base = {nf4 ? &weight : nullptr, dense.use("weight", Use::input), n, k};
     const lk_adapter adapter = {A.use("lora_A", Use::input), {}, rank, 1, mask.p, mask.view()};
-    check_status(lk_cuda_lora_linear_backward_dx(&from, tokens, &base, &adapter, low.data, dx.get(),
-                                                 workspace.get(), counters.get(), nullptr));
+    check_status(lk_cuda_lora_linear_backward_dx(&from, tokens, &base, &adapter, low.data, g.stride,
+                                                 dx.get(), workspace.get(), counters.get(), nullptr));
     simt::check_outputs_written();
     for (int64_t t = 0; t < tokens; ++t) {
       for (int64_t c = 0; c < k; ++c) {
