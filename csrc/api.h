@@ -157,8 +157,8 @@ typedef struct lk_rows {
   int64_t adapters;
 } lk_rows;
 
-// h [T, r] = dropout(x)·Aᵀ, `h_stride` elements from row to row; rows of no adapter, and ranks that a row's
-// adapter does not have, are left alone. Workspace and counters as above.
+// h [T, r] = scaling·dropout(x)·Aᵀ, `h_stride` elements from row to row; rows of no adapter, and ranks that a
+// row's adapter does not have, are left alone. Workspace and counters as above.
 int lk_cuda_lora_shrink(const lk_matrix* x, int64_t in_features, const lk_rows* rows,
                         const lk_adapter* adapters, void* h, int64_t h_stride, void* workspace,
                         uint32_t* counters, void* stream);

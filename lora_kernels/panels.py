@@ -158,6 +158,11 @@ def token_product(out: Tensor, left: Tensor, right: Tensor, scale: float) -> Non
         out.copy_(total)
 
 
+def gradient_of_h(g: Tensor, dy: Tensor, lora_B: Tensor, scale: float) -> None:
+    """g [T, r] = scale·dy·B: an fp32 sum, rounded once."""
+    torch.addmm(g, dy, lora_B.to(dy.dtype), beta=0, alpha=scale, out=g)
+
+
 def lora_linear_backward(
     kernels: Kernels,
     dy: Tensor,  # [T, N]
@@ -178,7 +183,7 @@ def lora_linear_backward(
     g = None
     if lora_A is not None and (dx is not None or dA is not None):
         g = dy.new_empty(dy.shape[0], lora_A.shape[0])  # [T, r]
-        torch.addmm(g, dy, lora_B.to(dy.dtype), beta=0, alpha=s, out=g)
+        gradient_of_h(g, dy, lora_B, s)
     if dbias is not None:
         torch.sum(dy, dim=0, dtype=dbias.dtype, out=dbias)
     if dB is not None:

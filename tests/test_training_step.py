@@ -76,6 +76,7 @@ STEPS = {
     Step(4, 8, 0.2): {"lora_shrink": 1, "lora_linear_mixed": 1, **FEW},
     Step(40, 8, 0.0): {"lora_linear_mixed": 1, **FEW},
     Step(40, 24, 0.2): {"lora_shrink": 1, "lora_linear_mixed": 1, **FEW},
+    Step(40, 48, 0.2): {"lora_shrink": 1, "lora_linear_mixed": 1, **FEW},
     Step(40, 8, 0.2, quantize=None): {"lora_shrink": 1, "lora_linear_mixed": 1, **FEW},
     Step(40, 8, 0.2, adapter_dtype=torch.float32): {"lora_shrink": 1, "lora_linear_mixed": 1, **FEW},
     Step(40, 8, 0.2, dtype=torch.float16): {"lora_shrink": 1, "lora_linear_mixed": 1, **FEW},

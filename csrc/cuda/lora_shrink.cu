@@ -1,4 +1,4 @@
-// lora_shrink: h [T, r] = dropout(x)·Aᵀ, of one adapter or of several, each of whose rows are its own. The
+// lora_shrink: h [T, r] = s·dropout(x)·Aᵀ, of one adapter or of several, each of whose rows are its own. The
 // mask is drawn on the tile in shared memory: x is read once and nothing of its size is written.
 //
 //                 K, cut into slices
@@ -26,6 +26,7 @@ struct Problem {
   int64_t k;
   Matrix A[kMostAdapters];  // [r, K] each
   int rank[kMostAdapters];
+  float scale[kMostAdapters];
   Dropout dropout;
   Global<uint16_t> h;  // [T, h_stride]
   int64_t h_stride;
@@ -101,9 +102,10 @@ __global__ void __launch_bounds__(kThreads, 2) lora_shrink(const __grid_constant
 
   const int g = lane / 4, t = lane % 4;
   const auto sums = [&](int s) { return (unit * p.slices + s) * kTileRows * S::kRanks; };
+  const float scale = p.scale[tile.adapter];
   const auto put = [&](int row, int rank, float value) {
     if (row < tile.count && rank < ranks) {
-      p.h[p.rows[tile.begin + row] * p.h_stride + first_rank + rank] = round_to<kDtype>(value);
+      p.h[p.rows[tile.begin + row] * p.h_stride + first_rank + rank] = round_to<kDtype>(scale * value);
     }
   };
 #pragma unroll
@@ -173,6 +175,7 @@ extern "C" int lk_cuda_lora_shrink(const lk_matrix* x, int64_t in_features, cons
   p.rows = rows_of(*rows), p.x = matrix_of(*x), p.k = in_features;
   for (int64_t a = 0; a < rows->adapters; ++a) {
     p.A[a] = matrix_of(adapters[a].lora_A), p.rank[a] = static_cast<int>(adapters[a].rank);
+    p.scale[a] = static_cast<float>(adapters[a].scaling);
   }
   p.dropout = dropout_of(adapters[0].dropout_p, adapters[0].rng);
   p.h = lk::Global<uint16_t>(static_cast<uint16_t*>(h)), p.h_stride = h_stride;

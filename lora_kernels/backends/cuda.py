@@ -42,6 +42,16 @@ class Crossover(NamedTuple):
     why: str
 
 
+class RankCrossover(NamedTuple):
+    """Up to rank `rank` of the adapter `result` comes out of `kernel`, above it out of `beyond`."""
+
+    result: str
+    kernel: str
+    rank: int
+    beyond: str
+    why: str
+
+
 # From few tokens to many; behind the last one, panels around torch's GEMM.
 CROSSOVERS = (
     Crossover("lora_linear", "lora_linear_decode", MOST_DECODE_TOKENS, "its tile is 8 tokens wide"),
@@ -58,6 +68,16 @@ CROSSOVERS = (
         256,
         "model, not measured: as the forward's, with e = 0.55, since a weight takes twice the instructions",
     ),
+)
+
+
+GRADIENT_OF_H = RankCrossover(
+    "g",
+    "lora_linear_backward_sweep",
+    32,
+    "torch's GEMM, or lora_shrink where there are several adapters",
+    "model, not measured: partial sums of g are T·N/strip·r fp32 numbers, written and read, of strips of 512 "
+    "columns (r <= 16), 256 (r <= 32) or 128: 1/8, 1/2 and r/32 of dy's bytes; reading dy once more is 1",
 )
 
 
@@ -165,7 +185,10 @@ class CudaBackend:
         dB: Tensor | None,
         dbias: Tensor | None,
     ) -> None:
-        """One sweep over dy, one over x, and dx on top of what they have in common: g."""
+        """One sweep over dy, one over x, and dx on top of what they have in common: g.
+
+        g of a large rank is a product of its own, since its partial sums would be larger than dy.
+        """
         self._check_built()
         if self._launchers.why_not_low_rank(dy.dtype, lora_A, lora_B) is not None:
             arguments = (dy, x, h, base, lora_A, lora_B, scaling, dropout_p, rng, dx, dA, dB, dbias)
@@ -174,10 +197,14 @@ class CudaBackend:
         g = None
         if lora_A is not None and lora_A.shape[0] > 0 and (dx is not None or dA is not None):
             g = rank_rows(dy, lora_A.shape[0])
-        if g is not None or dB is not None or dbias is not None:
+        swept = g
+        if g is not None and g.shape[1] > GRADIENT_OF_H.rank:
+            panels.gradient_of_h(g, dy, lora_B, scaling / (1 - dropout_p))
+            swept = None
+        if swept is not None or dB is not None or dbias is not None:
             adapters = ([], []) if lora_B is None else ([lora_B], [scaling / (1 - dropout_p)])
             self._launchers.lora_linear_backward_dy(
-                dy, h if dB is not None else None, *adapters, g, [] if dB is None else [dB], dbias
+                dy, h if dB is not None else None, *adapters, swept, [] if dB is None else [dB], dbias
             )
         if dA is not None and g is not None:
             self._launchers.lora_linear_backward_x(x, g, dropout_p, rng, [dA])
@@ -255,9 +282,14 @@ class CudaBackend:
             g = rank_rows(dy, rank) if dx is not None or any(wanted[some]) else None
             keep = [s / (1 - dropout_p) for s in scaling[some]]
             need_dB = any(out is not None for out in dB[some])
-            if g is not None or need_dB:
+            swept = g
+            if g is not None and rank > GRADIENT_OF_H.rank:
+                heads = [b.T for b in lora_B[some]]
+                self._launchers.lora_shrink(dy, heads, 0.0, None, g, rows, keep)
+                swept = None
+            if swept is not None or need_dB:
                 self._launchers.lora_linear_backward_dy(
-                    *(dy, h if need_dB else None, lora_B[some], keep, g),
+                    *(dy, h if need_dB else None, lora_B[some], keep, swept),
                     *(dB[some] if need_dB else [], None, rows),
                 )
             if any(wanted[some]):
@@ -300,8 +332,9 @@ class CudaBackend:
             whys.append(f"why (backward): {why}")
         if self._launchers.why_not_low_rank(dtype) is None:
             lines.append(
-                "gradients: CUDA lora_linear_backward_sweep: one sweep over dy for g, dB and dbias, one over "
-                "x for dA, the mask drawn again"
+                "gradients: CUDA lora_linear_backward_sweep: one sweep over dy for dB and dbias, and up to "
+                f"rank {GRADIENT_OF_H.rank} for g (else by {GRADIENT_OF_H.beyond}), one over x for dA, the "
+                "mask drawn again"
             )
         return [*lines, *whys]
 

@@ -206,12 +206,14 @@ class CudaLaunchers:
         rng: Tensor | None,
         h: Tensor,
         rows: SortedRows | None = None,
+        scaling: Sequence[float] | None = None,
     ) -> None:
-        """h [T, r] = dropout(x)·Aᵀ, of one adapter, or of at most MOST_ADAPTERS with rows of their own."""
+        """h [T, r] = scaling·dropout(x)·Aᵀ of one adapter, or of up to MOST_ADAPTERS by `rows`."""
         rank = max(a.shape[0] for a in lora_A)
         workspace, counters = self._shrink_scratch(x, len(lora_A), rows is not None, rank)
         status = self._shrink(
-            *(x, _in_pieces(lora_A, x.dtype), dropout_p, rng if dropout_p > 0 else None),
+            *(x, _in_pieces(lora_A, x.dtype), [1.0] * len(lora_A) if scaling is None else list(scaling)),
+            *(dropout_p, rng if dropout_p > 0 else None),
             *(rows or (None, None)),
             h=h,
             workspace=x.new_empty(workspace, dtype=torch.uint8),

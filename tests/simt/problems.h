@@ -431,7 +431,7 @@ inline void shrink(Rng& rng) {
     h.use("h", Use::inout), counters.use("counters", Use::inout), workspace.use("workspace", Use::output);
     std::vector<lk_adapter> views;
     for (int64_t a = 0; a < count; ++a) {
-      views.push_back({A[a].use("lora_A", Use::input), {}, adapters.rank[a], 1, mask.p, mask.view()});
+      views.push_back({A[a].use("lora_A", Use::input), {}, adapters.rank[a], adapters.scaling[a], mask.p, mask.view()});
     }
     const lk_rows rows = adapters.view();
     check_status(lk_cuda_lora_shrink(&from, k, &rows, views.data(), h.get(), stride, workspace.get(),
@@ -446,7 +446,7 @@ inline void shrink(Rng& rng) {
         }
         Sum sum;
         for (int64_t c = 0; c < k; ++c) {
-          if (mask.kept(t * k + c)) sum.add(x(t, c) * A[a](r, c));
+          if (mask.kept(t * k + c)) sum.add(adapters.scaling[a] * x(t, c) * A[a](r, c));
         }
         sum.check("h", t, r, from_16(dtype, got), dtype);
       }
