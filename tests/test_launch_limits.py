@@ -53,8 +53,9 @@ def test_lora_expand_takes_more_than_65535_tiles_of_rows(small_blocks):
 @pytest.mark.parametrize("multiprocessors", [1, 132])
 @pytest.mark.parametrize("columns", [4096, 28672])
 @pytest.mark.parametrize("adapters", [1, 64])
-def test_the_sweeps_workspace_stays_below_a_quarter_of_dy_and_16_mib(columns, adapters, multiprocessors):
-    """Of g as far as the sweep makes it, and of dB or dA; a sweep needs no data to say how much it takes."""
+def test_the_sweeps_workspace_stays_below_a_quarter_of_dy_and_18_mib(columns, adapters, multiprocessors):
+    """A quarter: g as far as the sweep makes it. 18 MiB: dB or dA, of up to 2 x 264 blocks (two for each
+    multiprocessor; twice as many where adapters share them) of 512 x 17, 256 x 33 or 128 x 65 fp32 sums."""
     simt_backend.pretend(multiprocessors, 90)
     for tokens in (1, 100, 4096, 16384):
         z = torch.empty(1, dtype=torch.bfloat16).expand(tokens, columns)
@@ -64,7 +65,7 @@ def test_the_sweeps_workspace_stays_below_a_quarter_of_dy_and_16_mib(columns, ad
                 z, adapters, rank, stride
             )
             share = taken / (2 * tokens * columns)
-            assert taken <= tokens * columns // 2 + (16 << 20), f"T = {tokens}, r = {rank}: {share:.2f} of dy"
+            assert taken <= tokens * columns // 2 + (18 << 20), f"T = {tokens}, r = {rank}: {share:.2f} of dy"
     simt_backend.pretend(4, 80)
 
 

@@ -215,6 +215,29 @@ def test_64_adapters_in_one_call_are_two_launches_beside_the_base_product(launch
         torch.testing.assert_close(b, a, rtol=0.05, atol=0.05 * float(a.detach().abs().max()) + 1e-6)
 
 
+@pytest.mark.parametrize("busy", [0, 37, 63])
+def test_gradients_where_one_of_64_adapters_has_all_rows(busy):
+    """Its rows are many spans, whose sums meet; the others get zeros. Twice the same bits."""
+    torch.manual_seed(0)
+    k, n, tokens = 96, 72, 700
+    weight = torch.randn(n, k).bfloat16()
+    A = [torch.randn(4, k).bfloat16().requires_grad_() for _ in range(64)]
+    B = [torch.randn(n, 4).bfloat16().requires_grad_() for _ in range(64)]
+    index = torch.full((tokens,), busy)
+    index[::100] = -1
+    x, dy = torch.randn(tokens, k).bfloat16().requires_grad_(), torch.randn(tokens, n).bfloat16()
+    results = []
+    for name in ("reference", "simt-90", "simt-90"):
+        with variant(name):
+            simt_backend.pretend(132, 90)
+            y = lk.lora_linear_batched(x, weight, A, B, [0.25] * 64, index)
+            results.append([y, *torch.autograd.grad(y, [x, *A, *B], dy)])
+    simt_backend.pretend(4, 80)
+    for want, got, again in zip(*results, strict=True):
+        assert torch.equal(got, again)
+        torch.testing.assert_close(got, want, rtol=0.02, atol=0.02 * float(want.detach().abs().max()))
+
+
 def test_more_adapters_than_a_launch_takes(launched):
     torch.manual_seed(0)
     k, n, adapters = 64, 40, 70

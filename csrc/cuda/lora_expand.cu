@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kThreads, 3) lora_expand(const __grid_constant
   LK_DYNAMIC_SHARED(shared);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int g = lane / 4, t = lane % 4;
-  const RowTile tile = row_tile(p.rows, blockIdx.x / p.column_tiles);
+  const RowTile tile = row_tile(p.rows, blockIdx.x / p.column_tiles, lane);
   if (tile.count == 0) return;
   const int64_t col0 = int64_t{blockIdx.x % p.column_tiles} * kTileCols;
   const int rank = p.rank[tile.adapter], columns = clamped(p.columns - col0, kTileCols);

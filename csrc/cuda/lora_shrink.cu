@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kThreads, 2) lora_shrink(const __grid_constant
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int slice = static_cast<int>(blockIdx.x) % p.slices;
   const int64_t unit = static_cast<int64_t>(blockIdx.x) / p.slices;  // tile and chunk of ranks
-  const RowTile tile = row_tile(p.rows, unit / p.chunks);
+  const RowTile tile = row_tile(p.rows, unit / p.chunks, lane);
   const int first_rank = static_cast<int>(unit % p.chunks) * S::kRanks;
   const int ranks = clamped(p.rank[tile.adapter] - first_rank, S::kRanks);
   if (tile.count == 0 || ranks == 0) return;  // so do all blocks of this tile and chunk
