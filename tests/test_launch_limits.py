@@ -69,6 +69,21 @@ def test_the_sweeps_workspace_stays_below_a_quarter_of_dy_and_18_mib(columns, ad
     simt_backend.pretend(4, 80)
 
 
+def test_lora_shrink_is_cut_into_the_slices_that_take_the_least_time():
+    """Waves of two blocks a multiprocessor times a block's stages: 256 blocks are one of 264, 512 are two."""
+    simt_backend.pretend(132, 90)
+    stages = 4096 // 128
+    for tokens, wanted in ((4096, 4), (8192, 2), (16384, 1), (64, 16)):
+        x = torch.empty(1, dtype=torch.bfloat16).expand(tokens, 4096)
+        workspace, _ = torch.ops.lora_kernels_simt.lora_shrink_scratch(x, 1, False, 16)
+        tiles = tokens // 64
+        slices = max(1, workspace // (tiles * 64 * 16 * 4))
+        assert slices == wanted, f"T = {tokens}: {slices} slices"
+        time = -(-tiles * slices // 264) * (stages // slices + 2)
+        assert all(time <= -(-tiles * s // 264) * (stages // s + 2) for s in (1, 2, 4, 8, 16))
+    simt_backend.pretend(4, 80)
+
+
 def test_no_gradient_of_a_large_rank_takes_partial_sums_of_g(monkeypatch):
     """One adapter and several; T·N·r/32 bytes of them would be more than dy."""
     torch.manual_seed(0)

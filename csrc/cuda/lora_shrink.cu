@@ -141,15 +141,19 @@ struct Plan {
 Plan make_plan(int64_t tiles, int64_t k, int64_t rank, int multiprocessors) {
   const int rank_tiles = rank <= 16 ? 2 : 8;
   const int chunks = static_cast<int>((rank + 8 * rank_tiles - 1) / (8 * rank_tiles));
-  // Two blocks for each multiprocessor, with at least two stages of K each.
-  int slices = 1;
-  while (slices < kMostSlices && tiles * chunks * slices < 2 * multiprocessors &&
-         k / (2 * slices) >= 2 * kTileCols)
-    slices *= 2;
-  const int64_t slice_k =
-      std::max<int64_t>(1, ((k + slices - 1) / slices + kTileCols - 1) / kTileCols) * kTileCols;
-  return {rank_tiles, static_cast<int>(std::max<int64_t>(1, (k + slice_k - 1) / slice_k)), chunks, slice_k,
-          tiles};
+  // As many slices, of two stages of K at least, as take the least time: waves of two blocks for each
+  // multiprocessor, times a block's stages and what its start and end cost, about as much as two (model, not
+  // measured).
+  constexpr int64_t kAround = 2;
+  const int64_t stages = std::max<int64_t>(1, (k + kTileCols - 1) / kTileCols);
+  int64_t best = stages, least = 0;  // stages of a slice
+  for (int64_t slices = 1; slices <= kMostSlices && (slices == 1 || 2 * slices <= stages); ++slices) {
+    const int64_t each = (stages + slices - 1) / slices,
+                  blocks = tiles * chunks * ((stages + each - 1) / each);
+    const int64_t waves = (blocks + 2 * multiprocessors - 1) / (2 * multiprocessors);
+    if (slices == 1 || waves * (each + kAround) < least) best = each, least = waves * (each + kAround);
+  }
+  return {rank_tiles, static_cast<int>((stages + best - 1) / best), chunks, best * kTileCols, tiles};
 }
 
 template <int kDtype, int kRankTiles>
