@@ -10,7 +10,7 @@
 // Slices meet in fp32 partial sums, which the last block of a tile adds in their order (last_to_arrive).
 //
 // Bytes: x once (for each 64 ranks), A once per 64 rows, from L2. Floor: the bytes of x over the bandwidth;
-// the mask costs 12 to 25 integer instructions an element, about as long as reading x takes.
+// the mask costs 17 instructions an element (sm_90a), about as long as reading x takes.
 #include "lora_linear.cuh"
 #include "low_rank.cuh"
 
@@ -60,17 +60,15 @@ __global__ void __launch_bounds__(kThreads, 2) lora_shrink(const __grid_constant
   const bool dropout = p.dropout.rng != nullptr;
   const Mask mask(p.dropout);
 
+  const Rows successive{};  // those of A
+
   const auto stage = [&](int step) { return shared + step % kStages * S::kStageBytes; };
   const auto start = [&](int step) {
     if (step < steps) {
       const int64_t col = col0 + int64_t{step} * kTileCols;
       start_tile<kDtype, kThreads>(stage(step), p.x, p.rows, tile.begin, tile.count, col, col_end, thread);
-      const Shared<char> to = stage(step) + kTileBytes;
-      for (int id = thread; id < S::kRanks * 16; id += kThreads) {
-        const int row = id / 16, piece = id % 16;
-        const int there = row < ranks ? clamped(col_end - col - 8 * piece, 8) : 0;
-        start_piece<kDtype>(to + tile_place(row, piece), A, first_rank + row, col + 8 * piece, there);
-      }
+      start_tile<kDtype, kThreads, S::kRanks>(stage(step) + kTileBytes, A, successive, first_rank, ranks, col,
+                                              col_end, thread);
     }
     ptx::cp_async_commit();
   };

@@ -211,16 +211,39 @@ __device__ __forceinline__ int clamped(int64_t left, int most) {
   return left < 0 ? 0 : left < most ? static_cast<int>(left) : most;
 }
 
-// A tile of z: rows tile.begin + first + [0, kTileRows) of `rows` up to `count` of them, columns from col.
-template <int kDtype, int kThreads>
+// A tile of kRows rows of z: `count` of them from `begin` on, in the order of `rows`; columns from col.
+// A thread's pieces lie one above the other, so that a whole tile of successive rows costs it an addition and
+// a copy for each.
+template <int kDtype, int kThreads, int kRows = kTileRows>
 __device__ __forceinline__ void start_tile(Shared<char> to, const Matrix& z, const Rows& rows, int64_t begin,
                                            int count, int64_t col, int64_t col_end, int thread) {
-#pragma unroll 4
-  for (int id = thread; id < kTileRows * 16; id += kThreads) {
-    const int row = id / 16, piece = id % 16;
-    const int there = row < count ? clamped(col_end - col - 8 * piece, 8) : 0;
-    start_piece<kDtype>(to + tile_place(row, piece), z, there > 0 ? rows[begin + row] : 0, col + 8 * piece,
-                        there);
+  constexpr int kRound = kThreads / 16, kRounds = kRows / kRound;
+  static_assert(kRound % 8 == 0 && kRows % kRound == 0, "one swizzle for all of a thread's rows");
+  const int row0 = thread / 16, piece = thread % 16;
+  const Shared<char> at = to + tile_place(row0, piece);
+  const int64_t first = col + 8 * piece;
+  const int there = clamped(col_end - first, 8);
+  const Global<const uint16_t> data = cast<const uint16_t>(z.data);
+  if (z.dtype != kDtype || !z.aligned) {
+#pragma unroll 1
+    for (int i = 0; i < kRounds; ++i) {
+      const int row = row0 + i * kRound, mine = row < count ? there : 0;
+      cast<uint4>(at + i * kRound * 256)[0] =
+          load_piece<kDtype>(z, mine > 0 ? rows[begin + row] : 0, first, mine);
+    }
+  } else if (rows.order == nullptr && count == kRows && col + kTileCols <= col_end) {
+    const Global<const uint16_t> from = data + ((begin + row0) * z.stride + first);
+    const int64_t round = kRound * z.stride;
+#pragma unroll
+    for (int i = 0; i < kRounds; ++i) ptx::cp_async<16>(at + i * kRound * 256, from + i * round);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kRounds; ++i) {
+      const int row = row0 + i * kRound;
+      const bool is_there = row < count && there > 0;
+      const int64_t from = is_there ? rows[begin + row] * z.stride + first : 0;
+      ptx::cp_async<16>(at + i * kRound * 256, data + from, is_there ? 2 * there : 0);
+    }
   }
 }
 
@@ -229,13 +252,15 @@ template <int kThreads>
 __device__ __forceinline__ void mask_tile(Shared<char> tile, const Mask& mask, const Rows& rows,
                                           int64_t begin, int count, int64_t col, int64_t col_end,
                                           int64_t cols, int thread) {
-#pragma unroll 1  // twenty or thirty rounds of Philox each are enough to hide a latency
-  for (int id = thread; id < kTileRows * 16; id += kThreads) {
-    const int row = id / 16, piece = id % 16;
-    if (row >= count || col + 8 * piece >= col_end) continue;
+  constexpr int kRound = kThreads / 16;
+  const int piece = thread % 16;
+  if (col + 8 * piece >= col_end) return;
+  const bool counters = cols % 4 == 0;  // each piece is two of them
+#pragma unroll 1                        // twenty or thirty rounds of Philox each are enough to hide a latency
+  for (int row = thread / 16; row < count; row += kRound) {
     const Shared<uint4> at = cast<uint4>(tile + tile_place(row, piece));
-    const int64_t first = rows[begin + row] * cols + col + 8 * piece;
-    at[0] = keep_eight(at[0], mask.kept8(static_cast<uint64_t>(first)));
+    const auto first = static_cast<uint64_t>(rows[begin + row] * cols + col + 8 * piece);
+    at[0] = counters ? mask.keep(at[0], first / 4) : keep_eight(at[0], kept_anywhere(mask, first));
   }
 }
 
