@@ -71,6 +71,14 @@ CROSSOVERS = (
 )
 
 
+PANEL_BYTES = 64 << 20
+"""Of the workspace that holds a panel of W0 (all of it, where that is less).
+
+Model, not measured: the GEMM of a panel has to fill the multiprocessors. Of a 4096 x 14336 weight in 16 bits,
+8 MiB are 320 rows, for 2048 tokens 3 x 16 blocks of 128 x 128 for the 132 of an H100; 64 MiB are 2048 rows,
+256 blocks.
+"""
+
 GRADIENT_OF_H = RankCrossover(
     "g",
     "lora_linear_backward_sweep",
@@ -84,14 +92,19 @@ GRADIENT_OF_H = RankCrossover(
 class CudaBackend:
     """The functions of a backend over one library of CUDA launchers.
 
-    `crossovers`: which kernel takes how many tokens; benchmarks and tests bring tables of their own.
+    `crossovers`: which kernel takes how many tokens; `panel_bytes`: of the workspace that a panel of W0 is
+    decoded into. Benchmarks and tests bring their own.
     """
 
     def __init__(
-        self, launchers: CudaLaunchers, archs: str, crossovers: tuple[Crossover, ...] = CROSSOVERS
+        self,
+        launchers: CudaLaunchers,
+        archs: str,
+        crossovers: tuple[Crossover, ...] = CROSSOVERS,
+        panel_bytes: int = PANEL_BYTES,
     ) -> None:
         self._launchers, self._archs, self._crossovers = launchers, archs, crossovers
-        self._panels = panels.Kernels(self.nf4_dequantize, self.lora_dropout, self._start_shrink)
+        self._panels = panels.Kernels(self.nf4_dequantize, self.lora_dropout, self._start_shrink, panel_bytes)
         kernels = composed.Kernels(self.lora_linear, self.lora_linear_backward, self._panels)
         self._composed = kernels
         self.dora_linear = functools.partial(composed.dora_linear, kernels)
@@ -311,7 +324,8 @@ class CudaBackend:
         return "panels", f"more than {rows[-1].tokens} tokens: {rows[-1].why}"
 
     def explain(self, base: BaseWeight, tokens: int, dtype: torch.dtype) -> list[str]:
-        lines = panels.explain(base, dtype, decoder=f"CUDA nf4_dequantize ({self._archs or 'not built'})")
+        decoder = f"CUDA nf4_dequantize ({self._archs or 'not built'})"
+        lines = panels.explain(base, dtype, decoder, self._panels.panel_bytes)
         if not self._archs:
             return lines
         kernel, why = self._kernel("lora_linear", base, tokens, dtype, 16)
