@@ -184,7 +184,8 @@ int64_t lk_cuda_lora_linear_backward_sweep_workspace(int64_t rows, int64_t adapt
                                                      int64_t most_rank, int64_t g_stride);
 
 // dx [T, K] = dy·W0 + m⊙(g·A) for few to some hundred tokens, in one launch; the base is as
-// lora_linear_decode takes it, g [T, r] with `g_stride` elements from row to row.
+// lora_linear_decode takes it, g [T, r] with `g_stride` elements from row to row, A of dy's dtype
+// with rows that start on 16 bytes.
 int lk_cuda_lora_linear_backward_dx(const lk_matrix* dy, int64_t tokens, const lk_base_weight* base,
                                     const lk_adapter* adapter, const void* g, int64_t g_stride, void* dx,
                                     void* workspace, uint32_t* counters, void* stream);

@@ -29,6 +29,7 @@ extern "C" int lk_cuda_lora_linear_backward_dx(const lk_matrix* dy, int64_t toke
                                                uint32_t* counters, void* stream) {
   using namespace lk::cuda;
   if (dy->dtype != LK_BF16 && dy->dtype != LK_F16) return LK_UNSUPPORTED_DTYPE;
+  if (adapter->rank > 0 && adapter->lora_A.dtype != dy->dtype) return LK_UNSUPPORTED_DTYPE;
   const backward_dx::Plan plan =
       backward_dx::make_plan(tokens, base->out_features, base->in_features, device_info().multiprocessors);
   const lk_matrix none = {nullptr, LK_F32, 0};

@@ -585,7 +585,7 @@ inline void backward_dx(Rng& rng) {
   Drawn mask(rng);
   AnyMatrix dy(rng, tokens, n, dtype, rng() % 3 == 0 ? between(rng, 0, 9) : 0);
   AnyMatrix g(rng, tokens, rank, dtype, rng() % 3);
-  AnyMatrix dense(rng, nf4 ? 0 : n, k, dtype), A(rng, rank, k, any_dtype(rng, dtype));
+  AnyMatrix dense(rng, nf4 ? 0 : n, k, dtype), A(rng, rank, k, dtype);
   Nf4 w(rng, nf4 ? n * k : 64, 64, rng() % 2 == 0);
   const lk_scratch space = lk_cuda_lora_linear_backward_dx_scratch(tokens, n, k);
   Buffer<uint32_t> counters(space.counters), workspace(space.workspace / 4);
