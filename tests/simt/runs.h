@@ -6,7 +6,7 @@
 
 namespace problems {
 
-constexpr int kRunFields = 5;  // adapter, begin, end, runs of the adapter, slot
+constexpr int kRunFields = 6;  // adapter, begin, end, runs of the adapter, slot, the adapter's first slot
 
 template <bool kEmpty>
 __global__ void list_runs(lk::cuda::Rows rows, int64_t length, lk::Global<int64_t> out) {
@@ -15,7 +15,7 @@ __global__ void list_runs(lk::cuda::Rows rows, int64_t length, lk::Global<int64_
   const auto run = runs[blockIdx.x];
   const auto slots = runs.slots_of(run.adapter < 0 ? 0 : run.adapter);
   if (lane != 0) return;
-  const int64_t fields[kRunFields] = {run.adapter, run.begin, run.end, run.runs, run.slot};
+  const int64_t fields[kRunFields] = {run.adapter, run.begin, run.end, run.runs, run.slot, slots.first};
   for (int i = 0; i < kRunFields; ++i) out[blockIdx.x * kRunFields + i] = fields[i];
   if (run.adapter >= 0 && slots.runs != run.runs) out[blockIdx.x * kRunFields] = -2;
 }
@@ -58,8 +58,8 @@ inline void runs(Rng& rng) {
     for (int64_t part = 0; part < parts; ++part, ++next) {
       if (next >= grid) throw Wrong("more runs than the launch has blocks");
       const int64_t begin = begins[a] + part * length, end = std::min(begin + length, begins[a + 1]);
-      const int64_t want[kRunFields] = {a, begin, end, parts, slots + part};
-      for (int i = 0; i < (parts > 1 ? kRunFields : kRunFields - 1); ++i) {
+      const int64_t want[kRunFields] = {a, begin, end, parts, slots + part, slots};
+      for (int i = 0; i < (parts > 1 ? kRunFields : 4); ++i) {
         if (out[next * kRunFields + i] != want[i]) throw Wrong("wrong run " + std::to_string(next));
       }
     }
