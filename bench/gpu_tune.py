@@ -6,7 +6,7 @@ For T = 1 to 4096 the same call by each kernel that can serve it, interleaved: t
 lora_linear_decode (up to 8 tokens), lora_linear_mixed and panels, dx by lora_linear_backward_dx and panels.
 From these the crossovers that lose the least time over all measured T and shapes, ready for CROSSOVERS of
 lora_kernels/backends/cuda.py. For the panels themselves, sizes of the workspace (PANEL_BYTES of
-lora_kernels/panels.py). Writes tune.json and tune.md after every shape; changes nothing else.
+the same file). Writes tune.json and tune.md after every shape; changes nothing else.
 """
 
 import argparse
@@ -29,7 +29,6 @@ from bench.gpu_baseline import DTYPE, Job, parse, record  # noqa: E402
 from bench.gpu_groups import Interleaved, failures, normal, ratio, rows_of  # noqa: E402
 from bench.gpu_training_report import NOT_MEASURED, heading  # noqa: E402
 from bench.shapes import RANK, SCALING, weight_bytes  # noqa: E402
-from lora_kernels import panels  # noqa: E402
 from lora_kernels.backends import cuda  # noqa: E402
 from lora_kernels.backends.cuda_launchers import MOST_DECODE_TOKENS, CudaLaunchers  # noqa: E402
 
@@ -39,15 +38,17 @@ ALL_TOKENS, NO_TOKENS = 1 << 40, 0
 # The crossovers are expected between 128 and 1024: measured there first.
 TOKENS = (256, 512, 128, 1024, 384, 768, 64, 2048, 192, 32, 16, 96, 1536, 4096, 8, 4, 1)
 SHAPES_TUNED = 3
-PANEL_TOKENS, PANEL_MIB = (1024, 4096), (4, 8, 16, 32, 64)
+PANEL_TOKENS, PANEL_MIB = (1024, 4096), (8, 16, 32, 64, 128)
 
 
-def backend_with(launchers: CudaLaunchers, limits: Mapping[str, int]) -> cuda.CudaBackend:
+def backend_with(
+    launchers: CudaLaunchers, limits: Mapping[str, int], panel_bytes: int = cuda.PANEL_BYTES
+) -> cuda.CudaBackend:
     """The CUDA backend, its kernels taking as many tokens as `limits` says: kernel -> tokens."""
     table = tuple(
         row._replace(tokens=limits.get(row.kernel, row.tokens), why="forced") for row in cuda.CROSSOVERS
     )
-    return cuda.CudaBackend(launchers, "forced", table)
+    return cuda.CudaBackend(launchers, "forced", table, panel_bytes)
 
 
 def best_crossover(ratios: Mapping[int, float]) -> int:
@@ -81,7 +82,7 @@ class Tune(Interleaved):
         self.tokens = (8, 40) if arguments.smoke else TOKENS
         self.panel_tokens = (40,) if arguments.smoke else PANEL_TOKENS
 
-    def forward(self, base: problem.Base, t: int, backend: cuda.CudaBackend, panel_bytes: int) -> Job:
+    def forward(self, base: problem.Base, t: int, backend: cuda.CudaBackend) -> Job:
         n, k = base.n, base.k
         moved = weight_bytes(n, k) + DTYPE.itemsize * t * (n + k)
         count = self.sets(moved)
@@ -94,7 +95,7 @@ class Tune(Interleaved):
             backend.lora_linear(x, w.base_weight(), *adapter, y, h)
             return y
 
-        calls = [with_panels(panel_bytes, partial(call, *each)) for each in zip(xs, weights, strict=True)]
+        calls = [partial(call, *each) for each in zip(xs, weights, strict=True)]
         return Job(
             calls,
             lambda: problem.forward_error(calls[-1](), xs[-1], base),
@@ -103,7 +104,7 @@ class Tune(Interleaved):
             bytes=moved,
         )
 
-    def dx(self, base: problem.Base, t: int, backend: cuda.CudaBackend, panel_bytes: int) -> Job:
+    def dx(self, base: problem.Base, t: int, backend: cuda.CudaBackend) -> Job:
         """dx with everything that it needs, g too, at p = 0."""
         n, k = base.n, base.k
         moved = weight_bytes(n, k) + DTYPE.itemsize * t * (n + k)
@@ -117,7 +118,7 @@ class Tune(Interleaved):
             backend.lora_linear_backward(dy, None, None, w.base_weight(), *adapter, dx, None, None, None)
             return dx
 
-        calls = [with_panels(panel_bytes, partial(call, *each)) for each in zip(dys, weights, strict=True)]
+        calls = [partial(call, *each) for each in zip(dys, weights, strict=True)]
 
         def check() -> float:
             rows = problem.checked_rows(t)
@@ -136,13 +137,12 @@ class Tune(Interleaved):
             if op == "lora_linear" and t <= MOST_DECODE_TOKENS:
                 limits[DECODE] = {DECODE: MOST_DECODE_TOKENS}
         return {
-            what: partial(make, base, t, backend_with(self.launchers, some), panels.PANEL_BYTES)
-            for what, some in limits.items()
+            what: partial(make, base, t, backend_with(self.launchers, some)) for what, some in limits.items()
         }
 
     def run(self) -> bool:
         torch.manual_seed(0)
-        forced = backend_with(self.launchers, {DECODE: NO_TOKENS, MIXED: NO_TOKENS, DX: NO_TOKENS})
+        none = {DECODE: NO_TOKENS, MIXED: NO_TOKENS, DX: NO_TOKENS}
         for shape, base in self.bases(self.shapes[:SHAPES_TUNED]):
             for t in self.tokens:
                 for op in OPS:
@@ -150,7 +150,10 @@ class Tune(Interleaved):
                         self.group(op, shape, t, self.kernels(op, t, base))
             for t in self.panel_tokens:
                 for kind, make in (("panels forward", self.forward), ("panels dx", self.dx)):
-                    jobs = {f"{m} MiB": partial(make, base, t, forced, m << 20) for m in PANEL_MIB}
+                    jobs = {
+                        f"{m} MiB": partial(make, base, t, backend_with(self.launchers, none, m << 20))
+                        for m in PANEL_MIB
+                    }
                     if self.time_left():
                         self.group(kind, shape, t, jobs)
         return self.finish()
@@ -179,13 +182,13 @@ class Tune(Interleaved):
         lines.append(
             f"PANEL_BYTES: {NOT_MEASURED}"
             if best is None
-            else f"PANEL_BYTES = {best[0]} << 20: {best[1]:.3f} of the time of {panels.PANEL_BYTES >> 20} MiB"
+            else f"PANEL_BYTES = {best[0]} << 20: {best[1]:.3f} of the time of {cuda.PANEL_BYTES >> 20} MiB"
         )
         return lines
 
     def best_panel_mib(self) -> tuple[int, float] | None:
         """The size with the least time (geometric mean over shapes and T), and that over today's size's."""
-        today, logs = f"{panels.PANEL_BYTES >> 20} MiB", {}
+        today, logs = f"{cuda.PANEL_BYTES >> 20} MiB", {}
         for kind in ("panels forward", "panels dx"):
             for rows in rows_of(self.record, kind).values():
                 for what, row in rows.items():
@@ -221,19 +224,6 @@ class Tune(Interleaved):
         results = self.record["results"]
         head = f"tune: {len(results)} measurements, {len(failures(self.record))} failed"
         return "\n".join([head, *self.proposals(), *failures(self.record)[:5]])
-
-
-def with_panels(panel_bytes: int, call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """The call with a workspace of this size; the size is put back after it."""
-
-    def run() -> torch.Tensor:
-        before, panels.PANEL_BYTES = panels.PANEL_BYTES, panel_bytes
-        try:
-            return call()
-        finally:
-            panels.PANEL_BYTES = before
-
-    return run
 
 
 def main(argv: list[str]) -> int:

@@ -139,7 +139,8 @@ lk_scratch lk_cuda_lora_linear_decode_scratch(int64_t tokens, int64_t out_featur
                                               int64_t rank, int nf4, int clustered);
 
 // lora_linear for more tokens, in one launch. `given_h` [T, r]: h where it is computed already (dropout, or a
-// rank over 16); else null, and h is written. The base is as lora_linear_decode takes it.
+// rank over 16); else null, h is written, and A has to be of x's dtype with rows that start on 16 bytes.
+// The base is as lora_linear_decode takes it.
 int lk_cuda_lora_linear_mixed(const lk_matrix* x, int64_t tokens, const lk_base_weight* base,
                               const lk_adapter* adapter, const lk_matrix* bias, const void* given_h, void* y,
                               void* h, void* workspace, uint32_t* counters, void* stream);
@@ -157,8 +158,8 @@ typedef struct lk_rows {
   int64_t adapters;
 } lk_rows;
 
-// h [T, r] = dropout(x)·Aᵀ, `h_stride` elements from row to row; rows of no adapter, and ranks that a row's
-// adapter does not have, are left alone. Workspace and counters as above.
+// h [T, r] = scaling·dropout(x)·Aᵀ, `h_stride` elements from row to row; rows of no adapter, and ranks that a
+// row's adapter does not have, are left alone. Workspace and counters as above.
 int lk_cuda_lora_shrink(const lk_matrix* x, int64_t in_features, const lk_rows* rows,
                         const lk_adapter* adapters, void* h, int64_t h_stride, void* workspace,
                         uint32_t* counters, void* stream);
@@ -184,10 +185,11 @@ int64_t lk_cuda_lora_linear_backward_sweep_workspace(int64_t rows, int64_t adapt
                                                      int64_t most_rank, int64_t g_stride);
 
 // dx [T, K] = dy·W0 + m⊙(g·A) for few to some hundred tokens, in one launch; the base is as
-// lora_linear_decode takes it, g [T, r] contiguous.
+// lora_linear_decode takes it, g [T, r] with `g_stride` elements from row to row, A of dy's dtype
+// with rows that start on 16 bytes.
 int lk_cuda_lora_linear_backward_dx(const lk_matrix* dy, int64_t tokens, const lk_base_weight* base,
-                                    const lk_adapter* adapter, const void* g, void* dx, void* workspace,
-                                    uint32_t* counters, void* stream);
+                                    const lk_adapter* adapter, const void* g, int64_t g_stride, void* dx,
+                                    void* workspace, uint32_t* counters, void* stream);
 lk_scratch lk_cuda_lora_linear_backward_dx_scratch(int64_t tokens, int64_t out_features, int64_t in_features);
 
 // adamw_step, adamw8bit_step, lion_step, lion8bit_step: one step of pieces of parameters whose state lies in

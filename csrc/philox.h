@@ -7,9 +7,9 @@
 #include <cstdint>
 
 #ifdef __CUDACC__
-#define LK_HOST_DEVICE __host__ __device__
+#define LK_ON_DEVICE __device__
 #else
-#define LK_HOST_DEVICE
+#define LK_ON_DEVICE
 #endif
 
 namespace lk {
@@ -22,13 +22,20 @@ struct PhiloxWords {
   uint32_t w[4];
 };
 
-LK_HOST_DEVICE constexpr PhiloxWords philox4x32_10(uint64_t index, uint64_t offset, uint64_t seed) {
+struct WideProduct {
+  LK_ON_DEVICE constexpr uint64_t operator()(uint32_t a, uint32_t b) const { return uint64_t{a} * b; }
+};
+
+// `product`: of two words, in 64 bits; a machine that has an instruction for it brings that.
+template <class Product = WideProduct>
+LK_ON_DEVICE constexpr PhiloxWords philox4x32_10(uint64_t index, uint64_t offset, uint64_t seed,
+                                                 Product product = {}) {
   uint32_t c0 = static_cast<uint32_t>(index), c1 = static_cast<uint32_t>(index >> 32);
   uint32_t c2 = static_cast<uint32_t>(offset), c3 = static_cast<uint32_t>(offset >> 32);
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    const uint64_t p0 = static_cast<uint64_t>(kPhiloxM0) * c0;
-    const uint64_t p1 = static_cast<uint64_t>(kPhiloxM1) * c2;
+    const uint64_t p0 = product(kPhiloxM0, c0);
+    const uint64_t p1 = product(kPhiloxM1, c2);
     c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
     c1 = static_cast<uint32_t>(p1);
     c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;

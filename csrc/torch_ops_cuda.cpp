@@ -252,17 +252,17 @@ void rows_output(Call& call, const char* name, const Tensor& t, const std::optio
   }
 }
 
-int64_t lora_shrink_cuda(const Tensor x, std::vector<Tensor> lora_A, double p, std::optional<Tensor> rng,
-                         std::optional<Tensor> order, std::optional<Tensor> begins, Tensor h,
-                         Tensor workspace, Tensor counters) {
+int64_t lora_shrink_cuda(const Tensor x, std::vector<Tensor> lora_A, std::vector<double> scaling, double p,
+                         std::optional<Tensor> rng, std::optional<Tensor> order, std::optional<Tensor> begins,
+                         Tensor h, Tensor workspace, Tensor counters) {
   Call call(h);
   if (!call.ready()) return LK_NO_STREAM;
   call.input("x", x), call.input("rng", rng), rows_output(call, "h", h, order);
   call.output("workspace", workspace), call.inout("counters", counters);
   std::vector<lk_adapter> adapters;
-  for (const Tensor& A : lora_A) {
-    call.input("lora_A", A);
-    adapters.push_back(adapter(A, std::nullopt, 1, p, rng));
+  for (size_t a = 0; a < lora_A.size(); ++a) {
+    call.input("lora_A", lora_A[a]);
+    adapters.push_back(adapter(lora_A[a], std::nullopt, scaling[a], p, rng));
   }
   const lk_rows rows =
       rows_of(call, order ? order->numel() : x.size(0), static_cast<int64_t>(adapters.size()), order, begins);
@@ -375,8 +375,9 @@ int64_t lora_linear_backward_dx_cuda(const Tensor dy, const Tensor weight, std::
   const lk_adapter lora = adapter(lora_A, std::nullopt, 1, p, rng);
   const lk_matrix rows = matrix(dy);
   return call.end(lk_cuda_lora_linear_backward_dx(
-      &rows, dy.size(0), &base, &lora, g ? g->const_data_ptr() : nullptr, dx.mutable_data_ptr(),
-      workspace.mutable_data_ptr(), static_cast<uint32_t*>(counters.mutable_data_ptr()), call.stream()));
+      &rows, dy.size(0), &base, &lora, g ? g->const_data_ptr() : nullptr, g ? g->stride(0) : 0,
+      dx.mutable_data_ptr(), workspace.mutable_data_ptr(),
+      static_cast<uint32_t*>(counters.mutable_data_ptr()), call.stream()));
 }
 
 std::tuple<int64_t, int64_t> lora_linear_backward_dx_scratch_cuda(const Tensor weight, int64_t tokens,

@@ -98,7 +98,8 @@ void define_out_overloads(Library& m) {
       "(int workspace, int counters)");
   // Of the low-rank products: a list entry without elements is an output that is not wanted.
   m.def(
-      "lora_shrink.out(Tensor x, Tensor[] lora_A, float p, Tensor? rng, Tensor? order, Tensor? begins, *, "
+      "lora_shrink.out(Tensor x, Tensor[] lora_A, float[] scaling, float p, Tensor? rng, Tensor? order, "
+      "Tensor? begins, *, "
       "Tensor(a!) h, Tensor(b!) workspace, Tensor(c!) counters) -> int");
   m.def(
       "lora_shrink_scratch(Tensor x, int adapters, bool sorted, int most_rank) -> (int workspace, int "

@@ -1,10 +1,11 @@
 """lora_linear and its backward as loops over panels of W0 around torch's GEMM.
 
 An NF4 weight is never dequantised as a whole: a panel of its rows (forward) or a slab of its columns (dx) is
-decoded into a workspace of at most PANEL_BYTES, multiplied, and the workspace is used again. Row panels for y
-and column slabs for dx, so that every output element is one GEMM's fp32 sum over its whole inner dimension:
-summing dx over row panels would round it to T once per panel. The LoRA term is written first and the base
-product accumulates onto it, which costs one rounding of the small term instead of one more of the large sum.
+decoded into a workspace of about PANEL_BYTES (or the backend's own), multiplied, and the workspace is used
+again. Row panels for y and column slabs for dx, so that every output element is one GEMM's fp32 sum over its
+whole inner dimension: summing dx over row panels would round it to T once per panel. The LoRA term is written
+first and the base product accumulates onto it, which costs one rounding of the small term instead of one more
+of the large sum.
 """
 
 import functools
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from lora_kernels.base_weight import BaseWeight
 
-# Large enough that the GEMM of a panel amortises its start, small enough to stay in a last-level cache.
+# Of a CPU: the GEMM of a panel amortises its start, and the panel stays in a last-level cache.
 PANEL_BYTES = 8 << 20
 
 
@@ -24,21 +25,24 @@ class Kernels(NamedTuple):
     """What a backend brings: `nf4_dequantize(base, row, col, out)`, `lora_dropout(x, p, rng, first, out)`.
 
     `start_shrink(x, lora_A, p, rng, h)` starts on h [T, r] = dropout(x)·Aᵀ, perhaps beside what follows; h is
-    there when what it returns has been called. Without one, torch's GEMM is used.
+    there when what it returns has been called. Without one, torch's GEMM is used. `panel_bytes`: of the
+    workspace; None: PANEL_BYTES.
     """
 
     nf4_dequantize: Callable[[BaseWeight, int, int, Tensor], None]
     lora_dropout: Callable[[Tensor, float, Tensor, int, Tensor], None]
     start_shrink: Callable[[Tensor, Tensor, float, Tensor | None, Tensor], Callable[[], None]] | None = None
+    panel_bytes: int | None = None
 
 
 def bind(function: Callable[..., None], kernels: Kernels) -> Callable[..., None]:
     return functools.partial(function, kernels)
 
 
-def _spans(length: int, other: int, itemsize: int) -> Iterator[tuple[int, int]]:
-    """Cuts `length` lines of `other` elements into even spans of about PANEL_BYTES, multiples of 64 lines."""
-    pieces = max(1, -(-length * other * itemsize // PANEL_BYTES))
+def _spans(length: int, other: int, itemsize: int, panel_bytes: int | None) -> Iterator[tuple[int, int]]:
+    """Cuts `length` lines of `other` elements into even spans of about panel_bytes, multiples of 64 lines."""
+    most = PANEL_BYTES if panel_bytes is None else panel_bytes
+    pieces = max(1, -(-length * other * itemsize // most))
     step = max(1, -(-length // pieces))
     step = min(length, -(-step // 64) * 64)
     for start in range(0, length, max(step, 1)):
@@ -52,7 +56,7 @@ def row_panels(kernels: Kernels, base: BaseWeight, dtype: torch.dtype) -> Iterat
         yield 0, n, base.data
         return
     workspace = None
-    for n0, n1 in _spans(n, k, dtype.itemsize):
+    for n0, n1 in _spans(n, k, dtype.itemsize, kernels.panel_bytes):
         if workspace is None:
             workspace = torch.empty(n1 - n0, k, dtype=dtype, device=base.data.device)
         panel = workspace[: n1 - n0]
@@ -69,7 +73,7 @@ def _column_slabs(
         yield 0, k, base.data
         return
     workspace = None
-    for k0, k1 in _spans(k, n, dtype.itemsize):
+    for k0, k1 in _spans(k, n, dtype.itemsize, kernels.panel_bytes):
         if workspace is None:
             workspace = torch.empty(n * (k1 - k0), dtype=dtype, device=base.data.device)
         slab = workspace[: n * (k1 - k0)].view(n, k1 - k0)
@@ -78,12 +82,12 @@ def _column_slabs(
 
 
 def _dropped(kernels: Kernels, x: Tensor, p: float, rng: Tensor | None) -> Iterator[tuple[int, int, Tensor]]:
-    """(t0, t1, (m⊙x)[t0:t1]): x itself without dropout, else chunks of at most PANEL_BYTES."""
+    """(t0, t1, (m⊙x)[t0:t1]): x itself without dropout, else chunks of about panel_bytes."""
     t, k = x.shape
     if p == 0:
         yield 0, t, x
         return
-    for t0, t1 in _spans(t, k, x.element_size()):
+    for t0, t1 in _spans(t, k, x.element_size(), kernels.panel_bytes):
         chunk = x[t0:t1].contiguous()
         out = torch.empty_like(chunk)
         kernels.lora_dropout(chunk, p, rng, t0 * k, out)
@@ -158,6 +162,11 @@ def token_product(out: Tensor, left: Tensor, right: Tensor, scale: float) -> Non
         out.copy_(total)
 
 
+def gradient_of_h(g: Tensor, dy: Tensor, lora_B: Tensor, scale: float) -> None:
+    """g [T, r] = scale·dy·B: an fp32 sum, rounded once."""
+    torch.addmm(g, dy, lora_B.to(dy.dtype), beta=0, alpha=scale, out=g)
+
+
 def lora_linear_backward(
     kernels: Kernels,
     dy: Tensor,  # [T, N]
@@ -178,7 +187,7 @@ def lora_linear_backward(
     g = None
     if lora_A is not None and (dx is not None or dA is not None):
         g = dy.new_empty(dy.shape[0], lora_A.shape[0])  # [T, r]
-        torch.addmm(g, dy, lora_B.to(dy.dtype), beta=0, alpha=s, out=g)
+        gradient_of_h(g, dy, lora_B, s)
     if dbias is not None:
         torch.sum(dy, dim=0, dtype=dbias.dtype, out=dbias)
     if dB is not None:
@@ -209,12 +218,12 @@ def base_gradient(kernels: Kernels, dy: Tensor, base: BaseWeight, dx: Tensor, ad
             torch.mm(dy, slab, out=out)
 
 
-def explain(base: BaseWeight, dtype: torch.dtype, decoder: str) -> list[str]:
+def explain(base: BaseWeight, dtype: torch.dtype, decoder: str, panel_bytes: int | None = None) -> list[str]:
     n, k = base.out_features, base.in_features
     if not base.quantized:
         return ["forward: torch's GEMM on the dense weight", "backward: torch's GEMM on the dense weight"]
-    rows = list(_spans(n, k, dtype.itemsize))
-    cols = list(_spans(k, n, dtype.itemsize))
+    rows = list(_spans(n, k, dtype.itemsize, panel_bytes))
+    cols = list(_spans(k, n, dtype.itemsize, panel_bytes))
 
     def line(name: str, spans: list[tuple[int, int]], what: str, length: int) -> str:
         size = spans[0][1] - spans[0][0]

@@ -1,12 +1,16 @@
 """memory_report and explain tell what is so."""
 
 import pytest
+import simt_backend
 import torch
 from torch import nn
 from variants import variant
 
 import lora_kernels as lk
+from lora_kernels import panels
+from lora_kernels.backends.cuda import CROSSOVERS, CudaBackend
 from lora_kernels.backends.native import CPU_ISAS
+from lora_kernels.base_weight import BaseWeight
 
 
 def test_memory_report_adds_up_to_the_bytes_that_are_there():
@@ -54,3 +58,26 @@ def test_explain_names_backend_kernel_and_workspace(quantize):
             assert "C++ gemm (avx512)" in lk.explain(layer, tokens=5)
     with lk.use_backend("reference"):
         assert "backend: reference" in lk.explain(layer.base_weight(), 1, torch.float32)
+
+
+def test_explain_tells_the_size_of_a_gpus_panels():
+    """64 MiB of a weight that is larger, all of a smaller one."""
+    for n, k, count, mib in ((4096, 14336, 2, 56.0), (1024, 1024, 1, 2.0)):
+        packed = torch.empty(0, dtype=torch.uint8)
+        base = BaseWeight(packed, packed, packed, packed, 64, n, k)
+        for line in simt_backend.backend.explain(base, 4096, torch.bfloat16)[:2]:
+            assert f"{count} panel(s)" in line and f"workspace of {mib:.1f} MiB" in line, line
+
+
+def test_a_gpus_workspace_is_the_one_that_its_backend_says(monkeypatch):
+    none = tuple(row._replace(tokens=0) for row in CROSSOVERS)
+    backend = CudaBackend(simt_backend.backend._launchers, "forced", none, panel_bytes=16 << 10)
+    base = lk.nf4_quantize(torch.randn(256, 128).bfloat16()).base_weight()  # 64 KiB in 16 bits
+    x, y, h = torch.randn(5, 128).bfloat16(), torch.empty(5, 256).bfloat16(), torch.empty(5, 0).bfloat16()
+    sizes, real = [], torch.empty
+    monkeypatch.setattr(
+        panels.torch, "empty", lambda *a, **kw: sizes.append(real(*a, **kw).nbytes) or real(*a, **kw)
+    )
+    backend.lora_linear(x, base, None, None, 1.0, None, 0.0, None, y, h)
+    assert sizes == [16 << 10]
+    assert "4 panel(s) of 64 rows" in backend.explain(base, 5, torch.bfloat16)[0]

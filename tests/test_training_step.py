@@ -76,6 +76,7 @@ STEPS = {
     Step(4, 8, 0.2): {"lora_shrink": 1, "lora_linear_mixed": 1, **FEW},
     Step(40, 8, 0.0): {"lora_linear_mixed": 1, **FEW},
     Step(40, 24, 0.2): {"lora_shrink": 1, "lora_linear_mixed": 1, **FEW},
+    Step(40, 48, 0.2): {"lora_shrink": 1, "lora_linear_mixed": 1, **FEW},
     Step(40, 8, 0.2, quantize=None): {"lora_shrink": 1, "lora_linear_mixed": 1, **FEW},
     Step(40, 8, 0.2, adapter_dtype=torch.float32): {"lora_shrink": 1, "lora_linear_mixed": 1, **FEW},
     Step(40, 8, 0.2, dtype=torch.float16): {"lora_shrink": 1, "lora_linear_mixed": 1, **FEW},
@@ -110,6 +111,60 @@ def test_a_training_step_gives_the_cpus_gradients_by_these_launches(step, name, 
         with variant("cpu"):
             other = taken(step._replace(dropout=0.0))
         assert (other["dA"] - wanted["dA"]).norm() > 0.1 * wanted["dA"].norm()
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("r", [4, 7, 12])
+@pytest.mark.parametrize("tokens", [40, MOST["lora_linear_mixed"] + 3])
+def test_kernels_get_what_has_rank_r_in_pieces_of_16_bytes_of_xs_dtype(tokens, r, adapter_dtype, monkeypatch):
+    """Adapters of any dtype and rank, h and g: else they would be loaded piecemeal instead of copied."""
+    low = []
+
+    def watch(name, places):
+        whole = getattr(simt_backend.backend._launchers, name)
+
+        def watched(*args, **kwargs):
+            given = [args[i] for i in places] + [kwargs[key] for key in ("g",) if key in kwargs]
+            for one in given:
+                low.extend(t for t in (one if isinstance(one, list) else [one]) if t is not None)
+            return whole(*args, **kwargs)
+
+        monkeypatch.setattr(simt_backend.backend._launchers, name, watched)
+
+    # Where their arguments are: A; v and weights; h and B; g; A and g.
+    watch("_shrink", [1]), watch("_expand", [0, 1]), watch("_backward_dy", [1, 2])
+    watch("_backward_x", [1]), watch("_backward_dx", [6, 7])
+    step = Step(tokens, r, 0.2, adapter_dtype=adapter_dtype)
+    with variant("cpu"):
+        wanted = taken(step)
+    with variant("simt-80"):
+        got = taken(step)
+    assert len(low) >= 6
+    for t in low:
+        assert t.dtype == step.dtype and t.stride(1) == 1, (t.dtype, t.stride())
+        assert t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0, t.stride()
+    for key in NAMES:
+        assert got[key].dtype == wanted[key].dtype
+        difference = (got[key].double() - wanted[key].double()).norm() / wanted[key].double().norm()
+        assert difference <= 3 * torch.finfo(step.dtype).eps, f"{key}: {difference:.2e}"
+
+
+def test_an_adapter_may_lie_anywhere(launched):
+    """Views whose rows do not start on 16 bytes, or whose elements do not lie side by side."""
+    torch.manual_seed(0)
+    weight = lk.nf4_quantize((torch.randn(96, 128) * 128**-0.5).bfloat16())
+    x, dy = torch.randn(40, 128).bfloat16().requires_grad_(), torch.randn(40, 96).bfloat16()
+    A = torch.randn(8, 129).bfloat16()[:, 1:].requires_grad_()
+    B = torch.randn(8, 96).bfloat16().T.requires_grad_()
+    results = []
+    for name in ("reference", "simt-80"):
+        launched.clear()
+        with variant(name):
+            y = lk.lora_linear(x, weight, A, B, scaling=0.5)
+            results.append([y, *torch.autograd.grad(y, [x, A, B], dy)])
+    assert dict(launched) == {"lora_linear_mixed": 1, **FEW}
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=0.02, atol=0.02 * float(want.detach().abs().max()))
 
 
 def test_only_what_is_needed_is_launched(launched):
@@ -158,6 +213,29 @@ def test_64_adapters_in_one_call_are_two_launches_beside_the_base_product(launch
     }
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(b, a, rtol=0.05, atol=0.05 * float(a.detach().abs().max()) + 1e-6)
+
+
+@pytest.mark.parametrize("busy", [0, 37, 63])
+def test_gradients_where_one_of_64_adapters_has_all_rows(busy):
+    """Its rows are many spans, whose sums meet; the others get zeros. Twice the same bits."""
+    torch.manual_seed(0)
+    k, n, tokens = 96, 72, 700
+    weight = torch.randn(n, k).bfloat16()
+    A = [torch.randn(4, k).bfloat16().requires_grad_() for _ in range(64)]
+    B = [torch.randn(n, 4).bfloat16().requires_grad_() for _ in range(64)]
+    index = torch.full((tokens,), busy)
+    index[::100] = -1
+    x, dy = torch.randn(tokens, k).bfloat16().requires_grad_(), torch.randn(tokens, n).bfloat16()
+    results = []
+    for name in ("reference", "simt-90", "simt-90"):
+        with variant(name):
+            simt_backend.pretend(132, 90)
+            y = lk.lora_linear_batched(x, weight, A, B, [0.25] * 64, index)
+            results.append([y, *torch.autograd.grad(y, [x, *A, *B], dy)])
+    simt_backend.pretend(4, 80)
+    for want, got, again in zip(*results, strict=True):
+        assert torch.equal(got, again)
+        torch.testing.assert_close(got, want, rtol=0.02, atol=0.02 * float(want.detach().abs().max()))
 
 
 def test_more_adapters_than_a_launch_takes(launched):

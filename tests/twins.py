@@ -249,6 +249,11 @@ def _convert(arrays):
     return [np.stack([bf16, f16, *pairs, to_tf32(x)]), floats]
 
 
+def _mul_wide(arrays):
+    product = arrays[0][0].astype(np.uint64) * arrays[0][1]
+    return [np.stack([product & 0xFFFFFFFF, product >> 32]).astype(np.uint32)]
+
+
 def _prmt(arrays):
     low, high, selector = arrays[0]
     pool = np.stack([word >> 8 * i & 255 for word in (low, high) for i in range(4)])
@@ -518,6 +523,9 @@ _REDUCE = (INPUT, INPUT, INOUT, INOUT)
 CASES = [
     _plain("convert", (INPUT, OUTPUT, OUTPUT), _convert_arrays, _convert),
     _plain("prmt", (INPUT, OUTPUT), lambda rng: [_words(rng, 3, 512), _out(np.uint32, 512)], _prmt),
+    _plain(
+        "mul_wide", (INPUT, OUTPUT), lambda rng: [_words(rng, 2, 512), _out(np.uint32, 2, 512)], _mul_wide
+    ),
     _plain("stream", (INPUT, OUTPUT), lambda rng: [_words(rng, 96, 4), _out(np.uint32, 96, 4)], _stream),
     _plain(
         "last_block",

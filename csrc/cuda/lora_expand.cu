@@ -34,17 +34,12 @@ struct Problem {
   bool add, pairs;              // pairs: two elements may be read and written as one
 };
 
-// Where rows do not start with a counter of the mask; not inlined sixteen times.
-__device__ __noinline__ uint32_t kept_anywhere(Mask mask, int64_t element) {
-  return mask.kept8(static_cast<uint64_t>(element));
-}
-
 template <int kDtype, bool kTransposed>
 __global__ void __launch_bounds__(kThreads, 3) lora_expand(const __grid_constant__ Problem p) {
   LK_DYNAMIC_SHARED(shared);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int g = lane / 4, t = lane % 4;
-  const RowTile tile = row_tile(p.rows, blockIdx.x / p.column_tiles);
+  const RowTile tile = row_tile(p.rows, blockIdx.x / p.column_tiles, lane);
   if (tile.count == 0) return;
   const int64_t col0 = int64_t{blockIdx.x % p.column_tiles} * kTileCols;
   const int rank = p.rank[tile.adapter], columns = clamped(p.columns - col0, kTileCols);
@@ -112,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, 3) lora_expand(const __grid_constant
     for (int half = 0; half < 2; ++half) {
       if (row_of[half] < 0 || col >= p.columns) continue;
       if (masked && p.columns % 4 != 0) {
-        kept[half] = kept_anywhere(mask, row_of[half] * p.columns + col);
+        kept[half] = kept_anywhere(mask, static_cast<uint64_t>(row_of[half] * p.columns + col));
       }
       float low = kept[half] & 1 ? scale * acc[j][2 * half] : 0;
       float high = kept[half] & 2 ? scale * acc[j][2 * half + 1] : 0;

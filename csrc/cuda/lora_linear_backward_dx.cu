@@ -25,16 +25,18 @@ int run_tokens(const Problem& p, const Plan& plan, void* stream) {
 
 extern "C" int lk_cuda_lora_linear_backward_dx(const lk_matrix* dy, int64_t tokens,
                                                const lk_base_weight* base, const lk_adapter* adapter,
-                                               const void* g, void* dx, void* workspace, uint32_t* counters,
-                                               void* stream) {
+                                               const void* g, int64_t g_stride, void* dx, void* workspace,
+                                               uint32_t* counters, void* stream) {
   using namespace lk::cuda;
   if (dy->dtype != LK_BF16 && dy->dtype != LK_F16) return LK_UNSUPPORTED_DTYPE;
+  if (adapter->rank > 0 && adapter->lora_A.dtype != dy->dtype) return LK_UNSUPPORTED_DTYPE;
   const backward_dx::Plan plan =
       backward_dx::make_plan(tokens, base->out_features, base->in_features, device_info().multiprocessors);
   const lk_matrix none = {nullptr, LK_F32, 0};
   const backward_dx::Problem p{
       lora_linear_operands(*dy, tokens, *base, *adapter, none, dx, const_cast<void*>(g)),
       matrix_of(*dy),
+      g_stride,
       dropout_of(adapter->dropout_p, adapter->rng),
       lk::Global<float>(static_cast<float*>(workspace)),
       lk::Global<uint32_t>(counters),

@@ -54,6 +54,7 @@ struct Shape {
 
 struct Problem : LoraLinear {  // x is dy [T, N], h is g [T, r] and y is dx [T, K]
   Matrix dy;
+  int64_t g_stride;
   Dropout dropout;
   Global<float> partial;      // [tile][slice][kTokens][kColumns]
   Global<uint32_t> counters;  // [tiles], zero between launches
@@ -243,12 +244,17 @@ struct Kernel {
       for (int i = 0; i < 4; ++i) {
         w[i] = cast<const uint2>(weights + (weight_place(row + i, 4 * strip + g / 2) + g % 2 * 8))[0];
       }
-      constexpr uint32_t kLow = 0x5410, kHigh = 0x7632;
-      a[0][0] = ptx::prmt(w[0].x, w[1].x, kLow), a[0][1] = ptx::prmt(w[0].x, w[1].x, kHigh);
-      a[0][2] = ptx::prmt(w[2].x, w[3].x, kLow), a[0][3] = ptx::prmt(w[2].x, w[3].x, kHigh);
-      a[1][0] = ptx::prmt(w[0].y, w[1].y, kLow), a[1][1] = ptx::prmt(w[0].y, w[1].y, kHigh);
-      a[1][2] = ptx::prmt(w[2].y, w[3].y, kLow), a[1][3] = ptx::prmt(w[2].y, w[3].y, kHigh);
+      pair_rows(w, a);
     }
+  }
+
+  // Four columns of each of four rows: a[m] of columns 2m and 2m + 1, pairs of rows.
+  static __device__ __forceinline__ void pair_rows(const uint2 (&w)[4], uint32_t (&a)[2][4]) {
+    constexpr uint32_t kLow = 0x5410, kHigh = 0x7632;
+    a[0][0] = ptx::prmt(w[0].x, w[1].x, kLow), a[0][1] = ptx::prmt(w[0].x, w[1].x, kHigh);
+    a[0][2] = ptx::prmt(w[2].x, w[3].x, kLow), a[0][3] = ptx::prmt(w[2].x, w[3].x, kHigh);
+    a[1][0] = ptx::prmt(w[0].y, w[1].y, kLow), a[1][1] = ptx::prmt(w[0].y, w[1].y, kHigh);
+    a[1][2] = ptx::prmt(w[2].y, w[3].y, kLow), a[1][3] = ptx::prmt(w[2].y, w[3].y, kHigh);
   }
 
   // acc += A[r, this lane's columns]ᵀ · g[kTokens, r]ᵀ.
@@ -256,25 +262,16 @@ struct Kernel {
                                                       int lane, Sums& acc) {
     const int t = lane % 4;
     for (int first = 0; first < p.rank; first += 16) {
-      float A[4][4];  // [ranks 2t, 2t + 1, 2t + 8, 2t + 9][columns]
+      uint2 A[4];  // ranks 2t, 2t + 1, 2t + 8, 2t + 9 of four columns
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int rank = first + 2 * t + i % 2 + i / 2 * 8;
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          A[i][c] = rank < p.rank && column < p.k
-                        ? load_float(p.lora_A, p.A_dtype, rank * p.A_stride + column + c)
-                        : 0;
-        }
+        const Global<const uint16_t> row = cast<const uint16_t>(p.lora_A) + rank * p.A_stride;
+        A[i] = make_uint2(0, 0);
+        if (rank < p.rank && column < p.k) A[i] = cast<const uint2>(row + column)[0];
       }
       uint32_t a[2][4];
-#pragma unroll
-      for (int m = 0; m < 2; ++m) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          a[m][i] = round_pair<kDtype>(A[i / 2 * 2][2 * m + i % 2], A[i / 2 * 2 + 1][2 * m + i % 2]);
-        }
-      }
+      pair_rows(A, a);
 #pragma unroll
       for (int c = 0; c < kTiles; ++c) {
         const int64_t token = token0 + 8 * c + lane / 4;
@@ -285,7 +282,7 @@ struct Kernel {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             const int rank = first + 2 * t + e + 8 * i;
-            if (token < p.tokens && rank < p.rank) two[e] = p.h[token * p.rank + rank];
+            if (token < p.tokens && rank < p.rank) two[e] = p.h[token * p.g_stride + rank];
           }
           b[i] = two[0] | two[1] << 16;
         }

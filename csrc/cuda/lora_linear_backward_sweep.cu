@@ -6,8 +6,7 @@ namespace {
 
 template <int kDtype, int kRankTiles>
 int run(const Problem& p, const Plan& plan, void* stream) {
-  const LaunchShape shape{static_cast<unsigned>(plan.strips),
-                          static_cast<unsigned>(plan.spans(p.rows.adapters)),
+  const LaunchShape shape{static_cast<unsigned>(plan.strips), static_cast<unsigned>(plan.spans),
                           static_cast<unsigned>(plan.chunks), kThreads, Shape<kRankTiles>::kBytes};
   const int status = p.ones_out != nullptr
                          ? launch("lora_linear_backward_sweep",
@@ -17,7 +16,7 @@ int run(const Problem& p, const Plan& plan, void* stream) {
   const int ranks = Shape<kRankTiles>::kRanks;
   const int64_t row_elements = p.row_out != nullptr && p.strips > 1 ? p.rows.count * p.row_stride : 0;
   const int64_t elements =
-      p.tokens_wanted && p.parts > 1 ? p.rows.adapters * p.columns * p.chunks * (ranks + 1) : 0;
+      p.tokens_wanted && plan.slots > 0 ? p.rows.adapters * p.columns * p.chunks * (ranks + 1) : 0;
   if (status != LK_OK || row_elements + elements == 0) return status;
   const LaunchShape reduce{static_cast<unsigned>((row_elements + elements + 255) / 256), 1, 1, 256};
   return launch("lora_linear_backward_reduce", lora_linear_backward_reduce<kDtype>, reduce, stream, p, ranks,
@@ -39,7 +38,7 @@ Problem operands(const lk_matrix& z, int64_t columns, const lk_rows& rows, const
   p.rows = rows_of(rows), p.columns = columns, p.z = matrix_of(z), p.v = matrix_of(v);
   p.row_partial = Global<float>(static_cast<float*>(workspace));
   p.partial = p.row_partial + row_floats;
-  p.parts = plan.parts, p.strips = plan.strips, p.chunks = plan.chunks;
+  p.span_rows = plan.span_rows, p.strips = plan.strips, p.chunks = plan.chunks;
   return p;
 }
 
@@ -102,5 +101,5 @@ extern "C" int64_t lk_cuda_lora_linear_backward_sweep_workspace(int64_t rows, in
   using namespace lk::cuda;
   const sweep::Plan plan =
       sweep::make_plan(rows, adapters, columns, most_rank, device_info().multiprocessors);
-  return 4 * (plan.row_floats(rows, row_stride) + plan.partial_floats(adapters, columns));
+  return 4 * (plan.row_floats(rows, row_stride) + plan.partial_floats(columns));
 }

@@ -18,10 +18,11 @@
 // blocks. Each fragment of z is read from shared memory twice, once transposed; a column of ones beside v
 // makes dbias.
 //
-// Several adapters (rows sorted by adapter): a span is a part of one adapter's rows, and its Q and w are that
-// adapter's.
+// Several adapters (rows sorted by adapter): a span is a run of tiles of one adapter, cut on the device, so
+// that one adapter's many rows are many spans; its Q and w are that adapter's. Q of an adapter that has one
+// span goes out as it is, and spans of those that have several have slots for partial sums.
 //
-// Bytes: z once (for each 8·kRankTiles ranks); partial sums of 4·r·(T·C/kStrip + C·spans) bytes, written and
+// Bytes: z once (for each 8·kRankTiles ranks); partial sums of 4·r·(T·C/kStrip + C·slots) bytes, written and
 // read, mostly in L2. Floor: the bytes of z over the bandwidth.
 #pragma once
 #include "low_rank.cuh"
@@ -49,15 +50,16 @@ struct Problem {
   int64_t row_stride;
   Global<float> ones_out;     // [C] sums over tokens, null: not wanted; one adapter only
   Global<float> row_partial;  // [strip][T][row_stride], where there are several strips
-  Global<float> partial;      // [span][C][chunk][ranks of a chunk + 1], where there are several parts
-  int parts, strips, chunks;
+  Global<float> partial;      // [slot][C][chunk][ranks of a chunk + 1], of adapters that have several spans
+  int64_t span_rows;          // at most, a multiple of a tile
+  int strips, chunks;
   bool tokens_wanted, transposed;
 
   __device__ __forceinline__ int64_t row_at(int strip, int64_t token, int64_t rank) const {
     return (strip * rows.count + token) * row_stride + rank;
   }
-  __device__ __forceinline__ int64_t partial_at(int span, int64_t column, int chunk, int width) const {
-    return ((span * columns + column) * chunks + chunk) * width;
+  __device__ __forceinline__ int64_t partial_at(int slot, int64_t column, int chunk, int width) const {
+    return ((slot * columns + column) * chunks + chunk) * width;
   }
   template <int kDtype>
   __device__ __forceinline__ void put_row(int adapter, int64_t token, int64_t rank, float sum) const {
@@ -90,13 +92,10 @@ struct Kernel {
   static __device__ __forceinline__ void run(const Problem& p, Shared<char> shared) {
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
     const int strip = static_cast<int>(blockIdx.x), chunk = static_cast<int>(blockIdx.z);
-    const int span = static_cast<int>(blockIdx.y), adapter = span / p.parts, part = span % p.parts;
-    // The span's tokens: even parts of the adapter's rows, multiples of a tile.
-    const int64_t begin0 = p.rows.begin(adapter), end0 = p.rows.end(adapter);
-    const int64_t tiles = (end0 - begin0 + kTileRows - 1) / kTileRows,
-                  per_part = (tiles + p.parts - 1) / p.parts;
-    const int64_t begin = least(begin0 + part * per_part * kTileRows, end0);
-    const int64_t end = least(begin + per_part * kTileRows, end0);
+    const auto span = Runs<true>(p.rows, p.span_rows, lane)[blockIdx.y];
+    if (span.adapter < 0) return;
+    const int adapter = span.adapter;
+    const int64_t begin = span.begin, end = span.end;
     const int first_rank = chunk * S::kRanks;
     const int ranks = clamped(p.rank[adapter] - first_rank, S::kRanks);
     if (ranks == 0 && !(kOnes && chunk == 0)) return;  // as all blocks of this adapter and chunk do
@@ -154,7 +153,7 @@ struct Kernel {
       if (rows_wanted) put_rows(p, row_sums, strip, adapter, first, count, first_rank, ranks, warp, lane);
     }
     ptx::cp_async_wait<0>();
-    put_columns(p, sums, ones, span, adapter, chunk, col0, col_end, ranks, warp, lane);
+    put_columns(p, sums, ones, span, chunk, col0, col_end, ranks, warp, lane);
   }
 
   static __device__ __forceinline__ int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -224,11 +223,11 @@ struct Kernel {
     }
   }
 
-  // Q of the block: out where the span is the adapter's only part, else to its partial sums.
+  // Q of the block: out where the span is its adapter's only one, else to its partial sums.
   static __device__ __forceinline__ void put_columns(const Problem& p, const Sums& sums, const Ones& ones,
-                                                     int span, int adapter, int chunk, int64_t col0,
+                                                     const Runs<true>::Run& span, int chunk, int64_t col0,
                                                      int64_t col_end, int ranks, int warp, int lane) {
-    const int g = lane / 4, t = lane % 4, first_rank = chunk * S::kRanks;
+    const int g = lane / 4, t = lane % 4, first_rank = chunk * S::kRanks, adapter = span.adapter;
     const bool wanted = p.tokens_wanted && p.out[adapter].data != nullptr, with_ones = kOnes && chunk == 0;
 #pragma unroll
     for (int sub = 0; sub < S::kSubs; ++sub) {
@@ -237,13 +236,13 @@ struct Kernel {
         const int m = i / 2, half = i % 2;
         const int64_t col = col0 + sub * kTileCols + 32 * warp + 16 * m + g + 8 * half;
         if (col >= col_end) continue;
-        const int64_t at = p.partial_at(span, col, chunk, S::kRanks + 1);
+        const int64_t at = p.partial_at(span.slot, col, chunk, S::kRanks + 1);
 #pragma unroll
         for (int e = 0; e < 2 * kRankTiles; ++e) {
           const int rank = e / 2 * 8 + 2 * t + e % 2;
           const float sum = sums[sub][m][e / 2][2 * half + e % 2];
           if (!wanted || rank >= ranks) continue;
-          if (p.parts == 1) {
+          if (span.runs == 1) {
             p.put_column(adapter, col, first_rank + rank, sum);
           } else {
             p.partial[at + rank] = sum;
@@ -251,7 +250,7 @@ struct Kernel {
         }
         if (with_ones && t == 0) {
           const float sum = ones[kOnes ? sub : 0][m][2 * half];
-          if (p.parts == 1) {
+          if (span.runs == 1) {
             p.ones_out[col] = sum;
           } else {
             p.partial[at + S::kRanks] = sum;
@@ -274,31 +273,34 @@ __global__ void __launch_bounds__(256)
     lora_linear_backward_reduce(const __grid_constant__ Problem p, int ranks, int64_t row_elements,
                                 int64_t elements) {
   int64_t i = blockIdx.x * int64_t{256} + threadIdx.x;
+  const int width = ranks + 1;
+  const int64_t sums = i - row_elements, column = sums / width / p.chunks % p.columns;
+  const int in_chunk = static_cast<int>(sums % width), chunk = static_cast<int>(sums / width % p.chunks);
+  const bool is_sum = sums >= 0 && sums < elements;
+  const int adapter = is_sum ? static_cast<int>(sums / width / p.chunks / p.columns) : 0;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const auto slots = Runs<true>(p.rows, p.span_rows, lane).slots_of(adapter);  // by whole warps
   if (i < row_elements) {
     const int64_t token = i / p.row_stride, rank = i % p.row_stride;
-    int adapter = 0;
-    while (adapter < p.rows.adapters && token >= p.rows.end(adapter)) ++adapter;
-    if (adapter == p.rows.adapters || token < p.rows.begin(adapter) || rank >= p.rank[adapter]) return;
+    int owner = 0;
+    while (owner < p.rows.adapters && token >= p.rows.end(owner)) ++owner;
+    if (owner == p.rows.adapters || token < p.rows.begin(owner) || rank >= p.rank[owner]) return;
     float sum = 0;
 #pragma unroll 8
     for (int strip = 0; strip < p.strips; ++strip) sum += p.row_partial[p.row_at(strip, token, rank)];
-    p.template put_row<kDtype>(adapter, token, rank, sum);
+    p.template put_row<kDtype>(owner, token, rank, sum);
     return;
   }
-  i -= row_elements;
-  if (i >= elements) return;
-  const int width = ranks + 1, in_chunk = static_cast<int>(i % width);
-  const int chunk = static_cast<int>(i / width % p.chunks);
-  const int64_t column = i / width / p.chunks % p.columns;
-  const int adapter = static_cast<int>(i / width / p.chunks / p.columns), rank = chunk * ranks + in_chunk;
+  const int rank = chunk * ranks + in_chunk;
   const bool is_ones = in_chunk == ranks;
+  if (!is_sum || slots.runs == 1) return;
   if (is_ones ? p.ones_out == nullptr || chunk != 0
               : p.out[adapter].data == nullptr || rank >= p.rank[adapter])
     return;
   float sum = 0;
 #pragma unroll 8
-  for (int part = 0; part < p.parts; ++part) {
-    sum += p.partial[p.partial_at(adapter * p.parts + part, column, chunk, width) + in_chunk];
+  for (int part = 0; part < slots.runs; ++part) {
+    sum += p.partial[p.partial_at(slots.first + part, column, chunk, width) + in_chunk];
   }
   if (is_ones) {
     p.ones_out[column] = sum;
@@ -309,25 +311,30 @@ __global__ void __launch_bounds__(256)
 
 // How a problem is cut up. A pure function of sizes and the number of multiprocessors.
 struct Plan {
-  int rank_tiles, chunks, strips, parts;
+  int rank_tiles, chunks, strips;
+  int64_t span_rows;  // at most
+  int64_t spans;      // at most
+  int64_t slots;      // at most, of spans of adapters that have several
 
-  int64_t spans(int64_t adapters) const { return adapters * parts; }
   int64_t row_floats(int64_t rows, int64_t stride) const { return strips > 1 ? strips * rows * stride : 0; }
-  int64_t partial_floats(int64_t adapters, int64_t columns) const {
-    return parts > 1 ? spans(adapters) * chunks * columns * (8 * rank_tiles + 1) : 0;
-  }
+  int64_t partial_floats(int64_t columns) const { return slots * chunks * columns * (8 * rank_tiles + 1); }
 };
 
 inline Plan make_plan(int64_t rows, int64_t adapters, int64_t columns, int64_t rank, int multiprocessors) {
   const int rank_tiles = rank <= 16 ? 2 : rank <= 32 ? 4 : 8, strip = 8 / rank_tiles * kTileCols;
   const int chunks = static_cast<int>(std::max<int64_t>(1, (rank + 8 * rank_tiles - 1) / (8 * rank_tiles)));
   const int strips = static_cast<int>(std::max<int64_t>(1, (columns + strip - 1) / strip));
-  // Two blocks for each multiprocessor, with at least a tile of tokens each.
-  const int64_t tiles = (rows / adapters + kTileRows - 1) / kTileRows;
-  const int64_t wanted = 2 * multiprocessors / (int64_t{strips} * chunks * adapters);
-  const int parts =
-      static_cast<int>(std::clamp<int64_t>(wanted, 1, std::clamp<int64_t>(tiles, 1, kMostParts)));
-  return {rank_tiles, chunks, strips, parts};
+  // Two blocks for each multiprocessor, with at least a tile of tokens each, were all rows one adapter's.
+  const int64_t tiles = std::max<int64_t>(1, (rows + kTileRows - 1) / kTileRows);
+  const int64_t wanted = std::clamp<int64_t>(2 * multiprocessors / (int64_t{strips} * chunks), 1, kMostParts);
+  const int64_t span_rows = (tiles + wanted - 1) / wanted * kTileRows;
+  // An adapter of n rows has ceil(n / span_rows) spans, or one that is empty; several of them only where
+  // n > span_rows.
+  const int64_t full = rows / span_rows;
+  const int64_t spans =
+      adapters == 1 ? std::max<int64_t>(1, (rows + span_rows - 1) / span_rows) : full + adapters;
+  const int64_t slots = adapters == 1 ? (spans > 1 ? spans : 0) : full + std::min(adapters, full);
+  return {rank_tiles, chunks, strips, span_rows, spans, slots};
 }
 
 }  // namespace lk::cuda::sweep

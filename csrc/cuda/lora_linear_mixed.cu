@@ -29,6 +29,9 @@ extern "C" int lk_cuda_lora_linear_mixed(const lk_matrix* x, int64_t tokens, con
                                          uint32_t* counters, void* stream) {
   using namespace lk::cuda;
   if (x->dtype != LK_BF16 && x->dtype != LK_F16) return LK_UNSUPPORTED_DTYPE;
+  if (given_h == nullptr && adapter->rank > 0 && adapter->lora_A.dtype != x->dtype) {
+    return LK_UNSUPPORTED_DTYPE;
+  }
   const mixed::Plan plan =
       mixed::make_plan(tokens, base->out_features, base->in_features, device_info().multiprocessors);
   const mixed::Problem p{lora_linear_operands(*x, tokens, *base, *adapter, *bias, y, h),

@@ -253,16 +253,9 @@ struct Kernel {
                                                     int64_t col, int lane, int warp, float (&low)[kMine][4]) {
     const int g = lane / 4, t = lane % 4;
     uint32_t top[8] = {}, bottom[8] = {};
-    const bool direct = p.A_aligned && p.A_dtype == kDtype;
-    const auto load = [&](int rank, uint32_t (&pairs)[8]) {
-      if (rank >= p.rank) return;
-      if (direct) {
-        load_A<kDtype, true>(p, rank, col + 16 * t, pairs);
-      } else {
-        load_A<kDtype, false>(p, rank, col + 16 * t, pairs);
-      }
-    };
-    load(g, top), load(g + 8, bottom);
+    // Nothing but whole pieces of T: other loads beside them leave sm_120 short of registers.
+    if (g < p.rank) load_A<kDtype, true>(p, g, col + 16 * t, top);
+    if (g + 8 < p.rank) load_A<kDtype, true>(p, g + 8, col + 16 * t, bottom);
 #pragma unroll
     for (int i = 0; i < kMine; ++i) {
       const int c = warp + 4 * i;
@@ -380,7 +373,7 @@ struct Kernel {
       }
     }
     if (!last_to_arrive(p.counters + tile, p.slices, cast<uint32_t>(shared), thread)) return;
-#pragma unroll 2
+#pragma unroll 1  // eight loads are on their way as it is, and twice as many were a spill on sm_120
     for (int i = 4 * thread; i < kTokens * kRows; i += 4 * kThreads) {
       const int64_t token = token0 + i / kRows, row = row0 + i % kRows;
       if (token >= p.tokens || row >= p.n) continue;

@@ -1,4 +1,4 @@
-// lora_shrink: h [T, r] = dropout(x)·Aᵀ, of one adapter or of several, each of whose rows are its own. The
+// lora_shrink: h [T, r] = s·dropout(x)·Aᵀ, of one adapter or of several, each of whose rows are its own. The
 // mask is drawn on the tile in shared memory: x is read once and nothing of its size is written.
 //
 //                 K, cut into slices
@@ -10,7 +10,7 @@
 // Slices meet in fp32 partial sums, which the last block of a tile adds in their order (last_to_arrive).
 //
 // Bytes: x once (for each 64 ranks), A once per 64 rows, from L2. Floor: the bytes of x over the bandwidth;
-// the mask costs 12 to 25 integer instructions an element, about as long as reading x takes.
+// the mask costs 17 instructions an element (sm_90a), about as long as reading x takes.
 #include "lora_linear.cuh"
 #include "low_rank.cuh"
 
@@ -26,6 +26,7 @@ struct Problem {
   int64_t k;
   Matrix A[kMostAdapters];  // [r, K] each
   int rank[kMostAdapters];
+  float scale[kMostAdapters];
   Dropout dropout;
   Global<uint16_t> h;  // [T, h_stride]
   int64_t h_stride;
@@ -49,7 +50,7 @@ __global__ void __launch_bounds__(kThreads, 2) lora_shrink(const __grid_constant
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int slice = static_cast<int>(blockIdx.x) % p.slices;
   const int64_t unit = static_cast<int64_t>(blockIdx.x) / p.slices;  // tile and chunk of ranks
-  const RowTile tile = row_tile(p.rows, unit / p.chunks);
+  const RowTile tile = row_tile(p.rows, unit / p.chunks, lane);
   const int first_rank = static_cast<int>(unit % p.chunks) * S::kRanks;
   const int ranks = clamped(p.rank[tile.adapter] - first_rank, S::kRanks);
   if (tile.count == 0 || ranks == 0) return;  // so do all blocks of this tile and chunk
@@ -59,17 +60,15 @@ __global__ void __launch_bounds__(kThreads, 2) lora_shrink(const __grid_constant
   const bool dropout = p.dropout.rng != nullptr;
   const Mask mask(p.dropout);
 
+  const Rows successive{};  // those of A
+
   const auto stage = [&](int step) { return shared + step % kStages * S::kStageBytes; };
   const auto start = [&](int step) {
     if (step < steps) {
       const int64_t col = col0 + int64_t{step} * kTileCols;
       start_tile<kDtype, kThreads>(stage(step), p.x, p.rows, tile.begin, tile.count, col, col_end, thread);
-      const Shared<char> to = stage(step) + kTileBytes;
-      for (int id = thread; id < S::kRanks * 16; id += kThreads) {
-        const int row = id / 16, piece = id % 16;
-        const int there = row < ranks ? clamped(col_end - col - 8 * piece, 8) : 0;
-        start_piece<kDtype>(to + tile_place(row, piece), A, first_rank + row, col + 8 * piece, there);
-      }
+      start_tile<kDtype, kThreads, S::kRanks>(stage(step) + kTileBytes, A, successive, first_rank, ranks, col,
+                                              col_end, thread);
     }
     ptx::cp_async_commit();
   };
@@ -101,9 +100,10 @@ __global__ void __launch_bounds__(kThreads, 2) lora_shrink(const __grid_constant
 
   const int g = lane / 4, t = lane % 4;
   const auto sums = [&](int s) { return (unit * p.slices + s) * kTileRows * S::kRanks; };
+  const float scale = p.scale[tile.adapter];
   const auto put = [&](int row, int rank, float value) {
     if (row < tile.count && rank < ranks) {
-      p.h[p.rows[tile.begin + row] * p.h_stride + first_rank + rank] = round_to<kDtype>(value);
+      p.h[p.rows[tile.begin + row] * p.h_stride + first_rank + rank] = round_to<kDtype>(scale * value);
     }
   };
 #pragma unroll
@@ -139,15 +139,19 @@ struct Plan {
 Plan make_plan(int64_t tiles, int64_t k, int64_t rank, int multiprocessors) {
   const int rank_tiles = rank <= 16 ? 2 : 8;
   const int chunks = static_cast<int>((rank + 8 * rank_tiles - 1) / (8 * rank_tiles));
-  // Two blocks for each multiprocessor, with at least two stages of K each.
-  int slices = 1;
-  while (slices < kMostSlices && tiles * chunks * slices < 2 * multiprocessors &&
-         k / (2 * slices) >= 2 * kTileCols)
-    slices *= 2;
-  const int64_t slice_k =
-      std::max<int64_t>(1, ((k + slices - 1) / slices + kTileCols - 1) / kTileCols) * kTileCols;
-  return {rank_tiles, static_cast<int>(std::max<int64_t>(1, (k + slice_k - 1) / slice_k)), chunks, slice_k,
-          tiles};
+  // As many slices, of two stages of K at least, as take the least time: waves of two blocks for each
+  // multiprocessor, times a block's stages and what its start and end cost, about as much as two (model, not
+  // measured).
+  constexpr int64_t kAround = 2;
+  const int64_t stages = std::max<int64_t>(1, (k + kTileCols - 1) / kTileCols);
+  int64_t best = stages, least = 0;  // stages of a slice
+  for (int64_t slices = 1; slices <= kMostSlices && (slices == 1 || 2 * slices <= stages); ++slices) {
+    const int64_t each = (stages + slices - 1) / slices,
+                  blocks = tiles * chunks * ((stages + each - 1) / each);
+    const int64_t waves = (blocks + 2 * multiprocessors - 1) / (2 * multiprocessors);
+    if (slices == 1 || waves * (each + kAround) < least) best = each, least = waves * (each + kAround);
+  }
+  return {rank_tiles, static_cast<int>((stages + best - 1) / best), chunks, best * kTileCols, tiles};
 }
 
 template <int kDtype, int kRankTiles>
@@ -173,6 +177,7 @@ extern "C" int lk_cuda_lora_shrink(const lk_matrix* x, int64_t in_features, cons
   p.rows = rows_of(*rows), p.x = matrix_of(*x), p.k = in_features;
   for (int64_t a = 0; a < rows->adapters; ++a) {
     p.A[a] = matrix_of(adapters[a].lora_A), p.rank[a] = static_cast<int>(adapters[a].rank);
+    p.scale[a] = static_cast<float>(adapters[a].scaling);
   }
   p.dropout = dropout_of(adapters[0].dropout_p, adapters[0].rng);
   p.h = lk::Global<uint16_t>(static_cast<uint16_t*>(h)), p.h_stride = h_stride;

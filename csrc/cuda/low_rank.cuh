@@ -68,22 +68,91 @@ inline int64_t most_rank(const lk_rows& rows, const lk_adapter* adapters) {
   return most;
 }
 
+// The rows of each adapter cut into runs of at most `length`, adapter by adapter; one that has no rows has an
+// empty run where kEmpty. For a whole warp: lane l knows of adapters 2l and 2l + 1.
+template <bool kEmpty>
+struct Runs {
+  static_assert(kMostAdapters <= 64, "two for each lane");
+  int64_t length;
+  int64_t edge[3];  // where their rows begin and end
+  int count[2];     // runs
+  int before;       // runs of adapters before them
+  int split;        // runs before them of adapters that have several
+
+  struct Run {
+    int adapter;  // -1: no such run
+    int64_t begin, end;
+    int runs;  // of its adapter
+    int slot;  // its number among runs of adapters that have several
+  };
+
+  __device__ __forceinline__ Runs(const Rows& rows, int64_t run_length, int lane) : length(run_length) {
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+      const int adapter = 2 * lane + i;
+      edge[i] = adapter < rows.adapters ? rows.begin(adapter) : rows.end(rows.adapters - 1);
+    }
+    int all = 0, several = 0;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      count[i] = static_cast<int>((edge[i + 1] - edge[i] + length - 1) / length);
+      if (kEmpty && count[i] == 0 && 2 * lane + i < rows.adapters) count[i] = 1;
+      all += count[i], several += count[i] > 1 ? count[i] : 0;
+    }
+    before = sum_of_lower_lanes(all, lane), split = sum_of_lower_lanes(several, lane);
+  }
+
+  // Run `index`, the same for all lanes.
+  __device__ __forceinline__ Run operator[](int64_t index) const {
+    const uint32_t behind = __ballot_sync(0xffffffffu, before + count[0] + count[1] <= index);
+    if (behind == 0xffffffffu) return {-1, 0, 0, 0, 0};
+    const int owner = __popc(behind);  // it, and what it knows
+    const int in_owner = static_cast<int>(index) - __shfl_sync(0xffffffffu, before, owner);
+    const int first = __shfl_sync(0xffffffffu, count[0], owner);
+    const int second = __shfl_sync(0xffffffffu, count[1], owner);
+    const int slots = __shfl_sync(0xffffffffu, split, owner);
+    const int64_t edge0 = __shfl_sync(0xffffffffu, edge[0], owner);
+    const int64_t edge1 = __shfl_sync(0xffffffffu, edge[1], owner);
+    const int64_t edge2 = __shfl_sync(0xffffffffu, edge[2], owner);
+    const bool odd = in_owner >= first;
+    const int part = odd ? in_owner - first : in_owner;
+    const int64_t begin = (odd ? edge1 : edge0) + part * length, end = odd ? edge2 : edge1;
+    return {2 * owner + (odd ? 1 : 0), begin, end < begin + length ? end : begin + length,
+            odd ? second : first, slots + (odd && first > 1 ? first : 0) + part};
+  }
+
+  // Of an adapter, each lane's own: how many runs it has, and its first one's slot.
+  struct Slots {
+    int runs, first;
+  };
+  __device__ __forceinline__ Slots slots_of(int adapter) const {
+    const int first = __shfl_sync(0xffffffffu, count[0], adapter / 2);
+    const int second = __shfl_sync(0xffffffffu, count[1], adapter / 2);
+    const int slots = __shfl_sync(0xffffffffu, split, adapter / 2);
+    return adapter % 2 == 0 ? Slots{first, slots} : Slots{second, slots + (first > 1 ? first : 0)};
+  }
+
+  static __device__ __forceinline__ int sum_of_lower_lanes(int value, int lane) {
+    int sum = value;
+#pragma unroll
+    for (int by = 1; by < 32; by *= 2) {
+      const int lower = __shfl_up_sync(0xffffffffu, sum, by);
+      if (lane >= by) sum += lower;
+    }
+    return sum - value;
+  }
+};
+
 // Rows [begin, begin + count) in the order of `rows`, all of one adapter; count 0: no such tile.
 struct RowTile {
   int adapter;
   int64_t begin;
   int count;
 };
-__device__ __forceinline__ RowTile row_tile(const Rows& rows, int64_t tile) {
-  for (int a = 0; a < rows.adapters; ++a) {
-    const int64_t begin = rows.begin(a), end = rows.end(a), tiles = (end - begin + kTileRows - 1) / kTileRows;
-    if (tile < tiles) {
-      const int64_t first = begin + tile * kTileRows;
-      return {a, first, static_cast<int>(end - first < kTileRows ? end - first : kTileRows)};
-    }
-    tile -= tiles;
-  }
-  return {0, 0, 0};
+// For whole warps, `tile` the same for all lanes.
+__device__ __forceinline__ RowTile row_tile(const Rows& rows, int64_t tile, int lane) {
+  const auto run = Runs<false>(rows, kTileRows, lane)[tile];
+  return {run.adapter < 0 ? 0 : run.adapter, run.begin, static_cast<int>(run.end - run.begin)};
 }
 
 // ---- tiles in shared memory -------------------------------------------------------------------------------
@@ -142,16 +211,39 @@ __device__ __forceinline__ int clamped(int64_t left, int most) {
   return left < 0 ? 0 : left < most ? static_cast<int>(left) : most;
 }
 
-// A tile of z: rows tile.begin + first + [0, kTileRows) of `rows` up to `count` of them, columns from col.
-template <int kDtype, int kThreads>
+// A tile of kRows rows of z: `count` of them from `begin` on, in the order of `rows`; columns from col.
+// A thread's pieces lie one above the other, so that a whole tile of successive rows costs it an addition and
+// a copy for each.
+template <int kDtype, int kThreads, int kRows = kTileRows>
 __device__ __forceinline__ void start_tile(Shared<char> to, const Matrix& z, const Rows& rows, int64_t begin,
                                            int count, int64_t col, int64_t col_end, int thread) {
-#pragma unroll 4
-  for (int id = thread; id < kTileRows * 16; id += kThreads) {
-    const int row = id / 16, piece = id % 16;
-    const int there = row < count ? clamped(col_end - col - 8 * piece, 8) : 0;
-    start_piece<kDtype>(to + tile_place(row, piece), z, there > 0 ? rows[begin + row] : 0, col + 8 * piece,
-                        there);
+  constexpr int kRound = kThreads / 16, kRounds = kRows / kRound;
+  static_assert(kRound % 8 == 0 && kRows % kRound == 0, "one swizzle for all of a thread's rows");
+  const int row0 = thread / 16, piece = thread % 16;
+  const Shared<char> at = to + tile_place(row0, piece);
+  const int64_t first = col + 8 * piece;
+  const int there = clamped(col_end - first, 8);
+  const Global<const uint16_t> data = cast<const uint16_t>(z.data);
+  if (z.dtype != kDtype || !z.aligned) {
+#pragma unroll 1
+    for (int i = 0; i < kRounds; ++i) {
+      const int row = row0 + i * kRound, mine = row < count ? there : 0;
+      cast<uint4>(at + i * kRound * 256)[0] =
+          load_piece<kDtype>(z, mine > 0 ? rows[begin + row] : 0, first, mine);
+    }
+  } else if (rows.order == nullptr && count == kRows && col + kTileCols <= col_end) {
+    const Global<const uint16_t> from = data + ((begin + row0) * z.stride + first);
+    const int64_t round = kRound * z.stride;
+#pragma unroll
+    for (int i = 0; i < kRounds; ++i) ptx::cp_async<16>(at + i * kRound * 256, from + i * round);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kRounds; ++i) {
+      const int row = row0 + i * kRound;
+      const bool is_there = row < count && there > 0;
+      const int64_t from = is_there ? rows[begin + row] * z.stride + first : 0;
+      ptx::cp_async<16>(at + i * kRound * 256, data + from, is_there ? 2 * there : 0);
+    }
   }
 }
 
@@ -160,13 +252,15 @@ template <int kThreads>
 __device__ __forceinline__ void mask_tile(Shared<char> tile, const Mask& mask, const Rows& rows,
                                           int64_t begin, int count, int64_t col, int64_t col_end,
                                           int64_t cols, int thread) {
-#pragma unroll 1  // twenty or thirty rounds of Philox each are enough to hide a latency
-  for (int id = thread; id < kTileRows * 16; id += kThreads) {
-    const int row = id / 16, piece = id % 16;
-    if (row >= count || col + 8 * piece >= col_end) continue;
+  constexpr int kRound = kThreads / 16;
+  const int piece = thread % 16;
+  if (col + 8 * piece >= col_end) return;
+  const bool counters = cols % 4 == 0;  // each piece is two of them
+#pragma unroll 1                        // twenty or thirty rounds of Philox each are enough to hide a latency
+  for (int row = thread / 16; row < count; row += kRound) {
     const Shared<uint4> at = cast<uint4>(tile + tile_place(row, piece));
-    const int64_t first = rows[begin + row] * cols + col + 8 * piece;
-    at[0] = keep_eight(at[0], mask.kept8(static_cast<uint64_t>(first)));
+    const auto first = static_cast<uint64_t>(rows[begin + row] * cols + col + 8 * piece);
+    at[0] = counters ? mask.keep(at[0], first / 4) : keep_eight(at[0], kept_anywhere(mask, first));
   }
 }
 

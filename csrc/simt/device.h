@@ -119,6 +119,11 @@ T __shfl_xor_sync(uint32_t mask, T value, int lanes, simt::Where where = simt::W
   return simt::shuffle(mask, value, (lane ^ lanes) & 31, "__shfl_xor_sync", where);
 }
 template <class T>
+T __shfl_up_sync(uint32_t mask, T value, int by, simt::Where where = simt::Where::current()) {
+  const int lane = static_cast<int>(simt::thread_idx().x % 32);
+  return simt::shuffle(mask, value, lane < by ? lane : lane - by, "__shfl_up_sync", where);
+}
+template <class T>
 T __shfl_down_sync(uint32_t mask, T value, int by, simt::Where where = simt::Where::current()) {
   const int lane = static_cast<int>(simt::linear_thread() % 32);
   return simt::shuffle(mask, value, lane + by > 31 ? lane : lane + by, "__shfl_down_sync", where);

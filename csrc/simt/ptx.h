@@ -36,6 +36,7 @@ inline uint32_t cvt_rna_tf32(float x) {
   if ((bits >> 23 & 255) == 255) return x != x ? 0x7fffffff : bits;
   return (bits + 0x1000) & ~0x1fffu;
 }
+inline uint64_t mul_wide(uint32_t a, uint32_t b) { return uint64_t{a} * b; }
 inline uint32_t prmt(uint32_t low, uint32_t high, uint32_t selector) {
   const uint64_t bytes = uint64_t{high} << 32 | low;
   uint32_t out = 0;

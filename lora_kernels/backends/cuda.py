@@ -15,6 +15,7 @@ from lora_kernels.backends.cuda_launchers import (
     MOST_FUSED_RANK,
     CudaLaunchers,
     SortedRows,
+    rank_rows,
 )
 from lora_kernels.base_weight import BaseWeight
 from lora_kernels.optim_state import OPS
@@ -46,6 +47,16 @@ class Crossover(NamedTuple):
     why: str
 
 
+class RankCrossover(NamedTuple):
+    """Up to rank `rank` of the adapter `result` comes out of `kernel`, above it out of `beyond`."""
+
+    result: str
+    kernel: str
+    rank: int
+    beyond: str
+    why: str
+
+
 # From few tokens to many; behind the last one, panels around torch's GEMM.
 CROSSOVERS = (
     Crossover("lora_linear", "lora_linear_decode", MOST_DECODE_TOKENS, "its tile is 8 tokens wide"),
@@ -65,17 +76,40 @@ CROSSOVERS = (
 )
 
 
+PANEL_BYTES = 64 << 20
+"""Of the workspace that holds a panel of W0 (all of it, where that is less).
+
+Model, not measured: the GEMM of a panel has to fill the multiprocessors. Of a 4096 x 14336 weight in 16 bits,
+8 MiB are 320 rows, for 2048 tokens 3 x 16 blocks of 128 x 128 for the 132 of an H100; 64 MiB are 2048 rows,
+256 blocks.
+"""
+
+GRADIENT_OF_H = RankCrossover(
+    "g",
+    "lora_linear_backward_sweep",
+    32,
+    "torch's GEMM, or lora_shrink where there are several adapters",
+    "model, not measured: partial sums of g are T·N/strip·r fp32 numbers, written and read, of strips of 512 "
+    "columns (r <= 16), 256 (r <= 32) or 128: 1/8, 1/2 and r/32 of dy's bytes; reading dy once more is 1",
+)
+
+
 class CudaBackend:
     """The functions of a backend over one library of CUDA launchers.
 
-    `crossovers`: which kernel takes how many tokens; benchmarks and tests bring tables of their own.
+    `crossovers`: which kernel takes how many tokens; `panel_bytes`: of the workspace that a panel of W0 is
+    decoded into. Benchmarks and tests bring their own.
     """
 
     def __init__(
-        self, launchers: CudaLaunchers, archs: str, crossovers: tuple[Crossover, ...] = CROSSOVERS
+        self,
+        launchers: CudaLaunchers,
+        archs: str,
+        crossovers: tuple[Crossover, ...] = CROSSOVERS,
+        panel_bytes: int = PANEL_BYTES,
     ) -> None:
         self._launchers, self._archs, self._crossovers = launchers, archs, crossovers
-        self._panels = panels.Kernels(self.nf4_dequantize, self.lora_dropout, self._start_shrink)
+        self._panels = panels.Kernels(self.nf4_dequantize, self.lora_dropout, self._start_shrink, panel_bytes)
         kernels = composed.Kernels(self.lora_linear, self.lora_linear_backward, self._panels)
         self._composed = kernels
         for op in OPS:
@@ -156,8 +190,7 @@ class CudaBackend:
         current, beside = torch.cuda.current_stream(x.device), _second_stream(x.device)
         beside.wait_stream(current)
         with torch.cuda.stream(beside):
-            # Whole pieces of A are copied as they are only in x's dtype; a cast costs less than loads do.
-            self._launchers.lora_shrink(x, [lora_A.to(x.dtype)], dropout_p, rng, h)
+            self._launchers.lora_shrink(x, [lora_A], dropout_p, rng, h)
         return lambda: current.wait_stream(beside)
 
     def lora_linear_backward(
@@ -176,7 +209,10 @@ class CudaBackend:
         dB: Tensor | None,
         dbias: Tensor | None,
     ) -> None:
-        """One sweep over dy, one over x, and dx on top of what they have in common: g."""
+        """One sweep over dy, one over x, and dx on top of what they have in common: g.
+
+        g of a large rank is a product of its own, since its partial sums would be larger than dy.
+        """
         self._check_built()
         if self._launchers.why_not_low_rank(dy.dtype, lora_A, lora_B) is not None:
             arguments = (dy, x, h, base, lora_A, lora_B, scaling, dropout_p, rng, dx, dA, dB, dbias)
@@ -184,11 +220,15 @@ class CudaBackend:
             return
         g = None
         if lora_A is not None and lora_A.shape[0] > 0 and (dx is not None or dA is not None):
-            g = dy.new_empty(dy.shape[0], lora_A.shape[0])
-        if g is not None or dB is not None or dbias is not None:
+            g = rank_rows(dy, lora_A.shape[0])
+        swept = g
+        if g is not None and g.shape[1] > GRADIENT_OF_H.rank:
+            panels.gradient_of_h(g, dy, lora_B, scaling / (1 - dropout_p))
+            swept = None
+        if swept is not None or dB is not None or dbias is not None:
             adapters = ([], []) if lora_B is None else ([lora_B], [scaling / (1 - dropout_p)])
             self._launchers.lora_linear_backward_dy(
-                dy, h if dB is not None else None, *adapters, g, [] if dB is None else [dB], dbias
+                dy, h if dB is not None else None, *adapters, swept, [] if dB is None else [dB], dbias
             )
         if dA is not None and g is not None:
             self._launchers.lora_linear_backward_x(x, g, dropout_p, rng, [dA])
@@ -263,12 +303,17 @@ class CudaBackend:
             rank = max(a.shape[0] for a in lora_A[some])
             if rank == 0:
                 continue
-            g = dy.new_empty(dy.shape[0], rank) if dx is not None or any(wanted[some]) else None
+            g = rank_rows(dy, rank) if dx is not None or any(wanted[some]) else None
             keep = [s / (1 - dropout_p) for s in scaling[some]]
             need_dB = any(out is not None for out in dB[some])
-            if g is not None or need_dB:
+            swept = g
+            if g is not None and rank > GRADIENT_OF_H.rank:
+                heads = [b.T for b in lora_B[some]]
+                self._launchers.lora_shrink(dy, heads, 0.0, None, g, rows, keep)
+                swept = None
+            if swept is not None or need_dB:
                 self._launchers.lora_linear_backward_dy(
-                    *(dy, h if need_dB else None, lora_B[some], keep, g),
+                    *(dy, h if need_dB else None, lora_B[some], keep, swept),
                     *(dB[some] if need_dB else [], None, rows),
                 )
             if any(wanted[some]):
@@ -290,7 +335,8 @@ class CudaBackend:
         return "panels", f"more than {rows[-1].tokens} tokens: {rows[-1].why}"
 
     def explain(self, base: BaseWeight, tokens: int, dtype: torch.dtype) -> list[str]:
-        lines = panels.explain(base, dtype, decoder=f"CUDA nf4_dequantize ({self._archs or 'not built'})")
+        decoder = f"CUDA nf4_dequantize ({self._archs or 'not built'})"
+        lines = panels.explain(base, dtype, decoder, self._panels.panel_bytes)
         if not self._archs:
             return lines
         kernel, why = self._kernel("lora_linear", base, tokens, dtype, 16)
@@ -311,8 +357,9 @@ class CudaBackend:
             whys.append(f"why (backward): {why}")
         if self._launchers.why_not_low_rank(dtype) is None:
             lines.append(
-                "gradients: CUDA lora_linear_backward_sweep: one sweep over dy for g, dB and dbias, one over "
-                "x for dA, the mask drawn again"
+                "gradients: CUDA lora_linear_backward_sweep: one sweep over dy for dB and dbias, and up to "
+                f"rank {GRADIENT_OF_H.rank} for g (else by {GRADIENT_OF_H.beyond}), one over x for dA, the "
+                "mask drawn again"
             )
         return [*lines, *whys]
 

@@ -28,6 +28,29 @@ class SortedRows(NamedTuple):
     begins: Tensor  # int64 [adapters + 1]
 
 
+def rank_rows(like: Tensor, rank: int) -> Tensor:
+    """An empty [T, r] of `like`'s dtype for its rows, each of which starts on 16 bytes."""
+    return like.new_empty(like.shape[0], -(-rank // 8) * 8)[:, :rank]
+
+
+def _in_pieces(matrices: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Matrices as kernels copy them: of `dtype`, to which they would be rounded anyway, rows on 16 bytes.
+
+    Those that are not are copied, together: what has rank r is small, and read by every block.
+    """
+    ready = [
+        m.dtype == dtype and m.stride(-1) == 1 and m.data_ptr() % 16 == 0 and m.stride(0) % 8 == 0
+        for m in matrices
+    ]
+    others = [m for m, as_it_is in zip(matrices, ready, strict=True) if not as_it_is]
+    if not others:
+        return list(matrices)
+    copies = [m.new_empty(m.shape[0], -(-m.shape[1] // 8) * 8, dtype=dtype)[:, : m.shape[1]] for m in others]
+    torch._foreach_copy_(copies, others)
+    rest = iter(copies)
+    return [m if as_it_is else next(rest) for m, as_it_is in zip(matrices, ready, strict=True)]
+
+
 class CudaLaunchers:
     """Calls launchers, allocates their scratch, turns their status codes into exceptions.
 
@@ -151,20 +174,16 @@ class CudaLaunchers:
         h_given: bool,
     ) -> None:
         """h is an output, or where it is given (dropout, or r > MOST_FUSED_RANK) an input."""
-        if x.data_ptr() % 16 != 0 or x.stride(0) % 8 != 0:
-            x = x.clone(memory_format=torch.contiguous_format)
+        (x,) = _in_pieces([x], x.dtype)
+        if lora_A is not None and not h_given:  # where h is given, only its shape counts
+            (lora_A,) = _in_pieces([lora_A], x.dtype)
         sizes = (x.shape[0], base.out_features, base.in_features, 0 if h_given else h.shape[1])
         workspace, counters = self._mixed_scratch(base.data, *sizes)
         status = self._mixed(
             x,
             *(unit_columns(base.data), base.absmax, base.nested_absmax, base.offset, base.blocksize),
-            *(
-                unit_columns(lora_A),
-                unit_columns(lora_B),
-                scaling,
-                unit_columns(bias),
-                h if h_given else None,
-            ),
+            *(unit_columns(lora_A), unit_columns(lora_B), scaling, unit_columns(bias)),
+            h if h_given else None,
             y=y,
             h=None if h_given else h,
             workspace=x.new_empty(workspace, dtype=torch.uint8),
@@ -188,12 +207,14 @@ class CudaLaunchers:
         rng: Tensor | None,
         h: Tensor,
         rows: SortedRows | None = None,
+        scaling: Sequence[float] | None = None,
     ) -> None:
-        """h [T, r] = dropout(x)·Aᵀ, of one adapter, or of at most MOST_ADAPTERS with rows of their own."""
+        """h [T, r] = scaling·dropout(x)·Aᵀ of one adapter, or of up to MOST_ADAPTERS by `rows`."""
         rank = max(a.shape[0] for a in lora_A)
         workspace, counters = self._shrink_scratch(x, len(lora_A), rows is not None, rank)
         status = self._shrink(
-            *(x, [unit_columns(a) for a in lora_A], dropout_p, rng if dropout_p > 0 else None),
+            *(x, _in_pieces(lora_A, x.dtype), [1.0] * len(lora_A) if scaling is None else list(scaling)),
+            *(dropout_p, rng if dropout_p > 0 else None),
             *(rows or (None, None)),
             h=h,
             workspace=x.new_empty(workspace, dtype=torch.uint8),
@@ -211,7 +232,8 @@ class CudaLaunchers:
         rows: SortedRows | None = None,
     ) -> None:
         """y [T, N] (+)= scaling·h·Bᵀ."""
-        arguments = (h, [unit_columns(b) for b in lora_B], list(scaling), False, add, 0.0, None)
+        (h,) = _in_pieces([h], h.dtype)
+        arguments = (h, _in_pieces(lora_B, h.dtype), list(scaling), False, add, 0.0, None)
         status = self._expand(*arguments, *(rows or (None, None)), out=y)
         raise_for(status, "lora_expand", "h", h.dtype, self._failure)
 
@@ -227,7 +249,7 @@ class CudaLaunchers:
     ) -> None:
         """dx [T, K] (+)= m⊙(g·A)."""
         rng = rng if dropout_p > 0 else None
-        arguments = (g, [unit_columns(a) for a in lora_A], [], True, add, dropout_p, rng)
+        arguments = (g, _in_pieces(lora_A, g.dtype), [], True, add, dropout_p, rng)
         status = self._expand(*arguments, *(rows or (None, None)), out=dx)
         raise_for(status, "lora_expand", "g", g.dtype, self._failure)
 
@@ -247,7 +269,8 @@ class CudaLaunchers:
         g_stride = 0 if g is None else g.stride(0)
         workspace = self._sweep_workspace(dy, max(len(lora_B), 1), rank, g_stride)
         status = self._backward_dy(
-            *(dy, h, [unit_columns(b) for b in lora_B], list(scaling)),
+            *(dy, None if h is None else _in_pieces([h], dy.dtype)[0]),
+            *(_in_pieces(lora_B, dy.dtype), list(scaling)),
             *(rows or (None, None)),
             g=g,
             dB=[dy.new_empty(0) if out is None else out for out in dB],
@@ -287,11 +310,13 @@ class CudaLaunchers:
         dx: Tensor,
     ) -> None:
         """dx [T, K] = dy·W0 + m⊙(g·A) in one launch; g None: without the adapter."""
+        if g is not None:
+            (lora_A,) = _in_pieces([lora_A], dy.dtype)
         sizes = (dy.shape[0], base.out_features, base.in_features)
         workspace, counters = self._backward_dx_scratch(base.data, *sizes)
         status = self._backward_dx(
             *(dy, unit_columns(base.data), base.absmax, base.nested_absmax, base.offset, base.blocksize),
-            *(None if g is None else unit_columns(lora_A), g, dropout_p, rng if dropout_p > 0 else None),
+            *(None if g is None else lora_A, g, dropout_p, rng if dropout_p > 0 else None),
             dx=dx,
             workspace=dy.new_empty(workspace, dtype=torch.uint8),
             counters=self._counters_for(dy.device, counters),

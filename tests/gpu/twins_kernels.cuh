@@ -76,6 +76,18 @@ inline int prmt(const Buffer* b, const int64_t*) {
                 global<uint32_t>(b[1]), n);
 }
 
+// words [2, n] -> out [2, n]: the products' low halves, and the high ones.
+__global__ void mul_wide_kernel(Global<const uint32_t> words, Global<uint32_t> out, int n) {
+  const int i = static_cast<int>(threadIdx.x);
+  const uint64_t product = ptx::mul_wide(words[i], words[n + i]);
+  out[i] = static_cast<uint32_t>(product), out[n + i] = static_cast<uint32_t>(product >> 32);
+}
+inline int mul_wide(const Buffer* b, const int64_t*) {
+  const int n = static_cast<int>(b[1].bytes / 8);
+  return launch(mul_wide_kernel, 1, static_cast<unsigned>(n), 0, 1, global<const uint32_t>(b[0]),
+                global<uint32_t>(b[1]), n);
+}
+
 // ---- memory -----------------------------------------------------------------------------------------------
 
 // in [threads, 16 bytes] -> out, with the halves that load_stream of 8 bytes brings exchanged.
@@ -797,6 +809,7 @@ struct Program {
 inline constexpr Program kPrograms[] = {
     {"convert", convert},
     {"prmt", prmt},
+    {"mul_wide", mul_wide},
     {"stream", stream},
     {"last_block", last_block},
     {"cp_async", cp_async},

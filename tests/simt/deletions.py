@@ -69,7 +69,8 @@ MASKS = (
     ),
     Deletion("lora_linear_mixed.cuh", "scale_row < p.n && at + u * kUnit < col_end", "scale_row < p.n"),
     Deletion("lora_linear_mixed.cuh", "fused_h && at + u * kUnit < col_end", "fused_h"),
-    Deletion("lora_linear_mixed.cuh", "if (rank >= p.rank) return;", ""),
+    Deletion("lora_linear_mixed.cuh", "if (g < p.rank) load_A", "load_A"),
+    Deletion("lora_linear_mixed.cuh", "if (g + 8 < p.rank) load_A", "load_A"),
     Deletion("lora_linear_mixed.cuh", "if (c >= kColumns) break;", ""),
     Deletion("lora_linear_mixed.cuh", "slice == 0 && token0 + token < p.tokens && j < p.rank", "true"),
     Deletion("lora_linear_mixed.cuh", "row_tile != 0 || j >= p.rank", "row_tile != 0"),
@@ -85,8 +86,23 @@ MASKS = (
     Deletion("lora_dropout.cu", "if (i >= p.n) return;", "", 0),
     Deletion("lora_dropout.cu", "if (i >= p.n) return;", "", 1),
     Deletion("lora_dropout.cu", "i + kElements <= p.n", "true"),
-    Deletion("low_rank.cuh", "end - first < kTileRows ? end - first : kTileRows", "kTileRows"),
-    Deletion("low_rank.cuh", "tile -= tiles;", ""),
+    Deletion(
+        "low_rank.cuh",
+        "adapter < rows.adapters ? rows.begin(adapter) : rows.end(rows.adapters - 1)",
+        "rows.begin(adapter)",
+    ),
+    Deletion(
+        "low_rank.cuh", "if (kEmpty && count[i] == 0 && 2 * lane + i < rows.adapters) count[i] = 1;", ""
+    ),
+    Deletion(
+        "low_rank.cuh", "kEmpty && count[i] == 0 && 2 * lane + i < rows.adapters", "kEmpty && count[i] == 0"
+    ),
+    Deletion("low_rank.cuh", "several += count[i] > 1 ? count[i] : 0", "several += count[i]"),
+    Deletion("low_rank.cuh", "if (behind == 0xffffffffu) return {-1, 0, 0, 0, 0};", ""),
+    Deletion("low_rank.cuh", "end < begin + length ? end : begin + length", "begin + length"),
+    Deletion("low_rank.cuh", "slots + (odd && first > 1 ? first : 0) + part", "slots + part"),
+    Deletion("low_rank.cuh", "slots + (first > 1 ? first : 0)", "slots"),
+    Deletion("low_rank.cuh", "if (lane >= by) sum += lower;", "sum += lower;"),
     Deletion("low_rank.cuh", "return left < 0 ? 0 :", "return"),
     Deletion("low_rank.cuh", "left < most ? static_cast<int>(left) : most", "most"),
     Deletion("low_rank.cuh", "m.dtype == kDtype && m.aligned", "m.dtype == kDtype"),
@@ -94,15 +110,18 @@ MASKS = (
     Deletion("low_rank.cuh", "m.aligned && there == 8", "there == 8"),
     Deletion("low_rank.cuh", "m.aligned && there == 8", "m.aligned"),
     Deletion("low_rank.cuh", "if (2 * v + e < there) two[e]", "two[e]"),
+    Deletion("low_rank.cuh", "clamped(col_end - first, 8)", "8"),
+    Deletion("low_rank.cuh", "z.dtype != kDtype || !z.aligned", "z.dtype != kDtype"),
+    Deletion("low_rank.cuh", "z.dtype != kDtype || !z.aligned", "!z.aligned"),
+    Deletion("low_rank.cuh", "row < count ? there : 0", "there"),
+    Deletion("low_rank.cuh", "row < count && there > 0", "there > 0"),
+    Deletion("low_rank.cuh", "rows.order == nullptr && count == kRows && col", "count == kRows && col"),
     Deletion(
-        "low_rank.cuh",
-        "row < count ? clamped(col_end - col - 8 * piece, 8) : 0",
-        "clamped(col_end - col - 8 * piece, 8)",
+        "low_rank.cuh", "rows.order == nullptr && count == kRows && col", "rows.order == nullptr && col"
     ),
-    Deletion(
-        "low_rank.cuh", "row < count ? clamped(col_end - col - 8 * piece, 8) : 0", "row < count ? 8 : 0"
-    ),
-    Deletion("low_rank.cuh", "if (row >= count || col + 8 * piece >= col_end) continue;", ""),
+    Deletion("low_rank.cuh", "count == kRows && col + kTileCols <= col_end", "count == kRows"),
+    Deletion("low_rank.cuh", "row < count; row += kRound", "row < kTileRows; row += kRound"),
+    Deletion("low_rank.cuh", "const bool counters = cols % 4 == 0;", "const bool counters = true;"),
     Deletion(
         "low_rank.cuh",
         "row < count ? clamped(rank_end - rank - 8 * piece, 8) : 0",
@@ -113,18 +132,15 @@ MASKS = (
     ),
     Deletion(
         "low_rank.cuh",
-        "const int64_t first = rows[begin + row] * cols",
-        "const int64_t first = (begin + row) * cols",
+        "static_cast<uint64_t>(rows[begin + row] * cols",
+        "static_cast<uint64_t>((begin + row) * cols",
     ),
+    Deletion("dropout.cuh", "high = words(counter + 1)", "high = words(counter)"),
     Deletion("dropout.cuh", "if (shift != 0) bits =", "bits ="),
     Deletion("dropout.cuh", "kept4(first / 4 + 1) << 4", "kept4(first / 4) << 4"),
     Deletion("lora_shrink.cu", "if (tile.count == 0 || ranks == 0) return;", "if (ranks == 0) return;"),
     Deletion("lora_shrink.cu", "if (tile.count == 0 || ranks == 0) return;", "if (tile.count == 0) return;"),
-    Deletion(
-        "lora_shrink.cu",
-        "row < ranks ? clamped(col_end - col - 8 * piece, 8) : 0",
-        "clamped(col_end - col - 8 * piece, 8)",
-    ),
+    Deletion("lora_shrink.cu", "A, successive, first_rank, ranks,", "A, successive, first_rank, S::kRanks,"),
     Deletion("lora_shrink.cu", "row < tile.count && rank < ranks", "rank < ranks"),
     Deletion("lora_shrink.cu", "row < tile.count && rank < ranks", "row < tile.count"),
     Deletion("lora_shrink.cu", "p.k < col0 + p.slice_k ? p.k : col0 + p.slice_k", "col0 + p.slice_k"),
@@ -144,16 +160,6 @@ MASKS = (
     Deletion("lora_expand.cu", "if (col + 1 >= p.columns) continue;", ""),
     Deletion("lora_expand.cu", "t % 2 == 0 ? row_of[0] : row_of[1]", "row_of[0]"),
     Deletion("lora_expand.cu", "masked && p.columns % 4 == 0", "masked"),
-    Deletion(
-        "lora_linear_backward_sweep.cuh",
-        "least(begin0 + part * per_part * kTileRows, end0)",
-        "begin0 + part * per_part * kTileRows",
-    ),
-    Deletion(
-        "lora_linear_backward_sweep.cuh",
-        "least(begin + per_part * kTileRows, end0)",
-        "begin + per_part * kTileRows",
-    ),
     Deletion("lora_linear_backward_sweep.cuh", "least(col0 + S::kStrip, p.columns)", "col0 + S::kStrip"),
     Deletion(
         "lora_linear_backward_sweep.cuh",
@@ -176,15 +182,18 @@ MASKS = (
     ),
     Deletion(
         "lora_linear_backward_sweep.cuh",
-        "token < p.rows.begin(adapter) || rank >= p.rank[adapter]",
-        "rank >= p.rank[adapter]",
+        "token < p.rows.begin(owner) || rank >= p.rank[owner]",
+        "rank >= p.rank[owner]",
     ),
     Deletion(
         "lora_linear_backward_sweep.cuh",
-        "token < p.rows.begin(adapter) || rank >= p.rank[adapter]",
-        "token < p.rows.begin(adapter)",
+        "token < p.rows.begin(owner) || rank >= p.rank[owner]",
+        "token < p.rows.begin(owner)",
     ),
-    Deletion("lora_linear_backward_sweep.cuh", "if (i >= elements) return;", ""),
+    Deletion("lora_linear_backward_sweep.cuh", "sums >= 0 && sums < elements", "sums >= 0"),
+    Deletion(
+        "lora_linear_backward_sweep.cuh", "if (!is_sum || slots.runs == 1) return;", "if (!is_sum) return;"
+    ),
     Deletion(
         "lora_linear_backward_sweep.cuh",
         "p.out[adapter].data == nullptr || rank >= p.rank[adapter]",
@@ -348,6 +357,8 @@ def problems_of(tree: Tree, file: str) -> tuple[str, ...]:
     kernels = {name: re.sub(r"backward_(dy|x)$", "backward_sweep", name) for name in names}
     kernels = {name: re.sub(r"_(given_h|clustered)$", "", kernel) for name, kernel in kernels.items()}
     found = tuple(n for n, k in kernels.items() if any(source in (k, f"{k}_sm90") for source in sources))
+    if found and file in tree.included(tree.folder / "tests" / "simt" / "runs.h"):
+        found += ("runs_of_tiles", "runs_of_spans")
     return found or ("all",)
 
 

@@ -4,13 +4,17 @@
 #include <cstring>
 
 #include "problems.h"
+#include "runs.h"
 
 int main(int count, char** arguments) {
   const char* only = count > 1 ? arguments[1] : "all";
   const uint64_t seeds = count > 2 ? std::strtoull(arguments[2], nullptr, 10) : 100;
   const uint64_t first = count > 3 ? std::strtoull(arguments[3], nullptr, 10) : 1;
   bool good = true, known = false;
-  for (const auto& problem : problems::real_kernels()) {
+  auto all = problems::real_kernels();
+  all.push_back({"runs_of_tiles", problems::runs<false>});
+  all.push_back({"runs_of_spans", problems::runs<true>});
+  for (const auto& problem : all) {
     if (std::strcmp(only, "all") != 0 && std::strcmp(only, problem.name) != 0) continue;
     known = true;
     good = problems::passes(problem, first, seeds, true) && good;

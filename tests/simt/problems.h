@@ -453,7 +453,7 @@ inline void shrink(Rng& rng) {
     h.use("h", Use::inout), counters.use("counters", Use::inout), workspace.use("workspace", Use::output);
     std::vector<lk_adapter> views;
     for (int64_t a = 0; a < count; ++a) {
-      views.push_back({A[a].use("lora_A", Use::input), {}, adapters.rank[a], 1, mask.p, mask.view()});
+      views.push_back({A[a].use("lora_A", Use::input), {}, adapters.rank[a], adapters.scaling[a], mask.p, mask.view()});
     }
     const lk_rows rows = adapters.view();
     check_status(lk_cuda_lora_shrink(&from, k, &rows, views.data(), h.get(), stride, workspace.get(),
@@ -468,7 +468,7 @@ inline void shrink(Rng& rng) {
         }
         Sum sum;
         for (int64_t c = 0; c < k; ++c) {
-          if (mask.kept(t * k + c)) sum.add(x(t, c) * A[a](r, c));
+          if (mask.kept(t * k + c)) sum.add(adapters.scaling[a] * x(t, c) * A[a](r, c));
         }
         sum.check("h", t, r, from_16(dtype, got), dtype);
       }
@@ -610,8 +610,9 @@ inline void backward_dx(Rng& rng) {
   const int64_t rank = rng() % 4 == 0 ? 0 : between(rng, 1, 40);
   lk::cuda::pretended_device() = {static_cast<int>(between(rng, 1, 24)), 86};
   Drawn mask(rng);
-  AnyMatrix dy(rng, tokens, n, dtype, rng() % 3 == 0 ? between(rng, 0, 9) : 0), g(rng, tokens, rank, dtype);
-  AnyMatrix dense(rng, nf4 ? 0 : n, k, dtype), A(rng, rank, k, any_dtype(rng, dtype));
+  AnyMatrix dy(rng, tokens, n, dtype, rng() % 3 == 0 ? between(rng, 0, 9) : 0);
+  AnyMatrix g(rng, tokens, rank, dtype, rng() % 3);
+  AnyMatrix dense(rng, nf4 ? 0 : n, k, dtype), A(rng, rank, k, dtype);
   Nf4 w(rng, nf4 ? n * k : 64, 64, rng() % 2 == 0);
   const lk_scratch space = lk_cuda_lora_linear_backward_dx_scratch(tokens, n, k);
   Buffer<uint32_t> counters(space.counters), workspace(space.workspace / 4);
@@ -625,8 +626,8 @@ inline void backward_dx(Rng& rng) {
     const lk_nf4_weight weight = nf4 ? w.view() : lk_nf4_weight{};
     const lk_base_weight base = {nf4 ? &weight : nullptr, dense.use("weight", Use::input), n, k};
     const lk_adapter adapter = {A.use("lora_A", Use::input), {}, rank, 1, mask.p, mask.view()};
-    check_status(lk_cuda_lora_linear_backward_dx(&from, tokens, &base, &adapter, low.data, dx.get(),
-                                                 workspace.get(), counters.get(), nullptr));
+    check_status(lk_cuda_lora_linear_backward_dx(&from, tokens, &base, &adapter, low.data, g.stride,
+                                                 dx.get(), workspace.get(), counters.get(), nullptr));
     simt::check_outputs_written();
     for (int64_t t = 0; t < tokens; ++t) {
       for (int64_t c = 0; c < k; ++c) {
