@@ -34,7 +34,7 @@ def test_ten_percent_are_caught_and_noise_is_not(spread, seed):
         false += verdict(baseline, clean, pause_s=0)[0]
         caught += verdict(baseline, slower, pause_s=0)[0]
     assert false <= 0.01 * runs
-    # Of 10,000 baselines 0.7, 0.7 and 1.1 % had too many disturbed repeats to tell; five deviations more here.
+    # Of 10,000 baselines 0.7, 0.7 and 1.1 % had too many disturbed repeats to tell; five deviations off.
     assert caught >= {0.002: 0.98, 0.005: 0.98, 0.01: 0.974}[spread] * runs
 
 

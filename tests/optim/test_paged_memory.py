@@ -9,7 +9,7 @@ import pytest
 
 STATE, BUDGET, PAGE = 128 << 20, 8 << 20, 1 << 20
 
-# Three steps on 64 MiB of parameters, in a process that may have LIMIT bytes more than these and their gradients.
+# Three steps on 64 MiB of parameters, in a process that may have `limit` bytes beside them and the gradients.
 CHILD = """
 import json, resource, sys
 import torch
@@ -19,7 +19,8 @@ budget, limit, folder = (eval(a) for a in sys.argv[1:])
 
 def numbers():
     lines = open("/proc/self/status").read().splitlines()
-    return {name: int(value.split()[0]) << 10 for name, value in (l.split(":") for l in lines) if name[:2] == "Vm"}
+    pairs = (line.split(":") for line in lines if line.startswith("Vm"))
+    return {name: int(value.split()[0]) << 10 for name, value in pairs}
 
 torch.set_num_threads(1)
 warm = torch.nn.Parameter(torch.zeros(1 << 18))
@@ -49,7 +50,7 @@ def run(budget: int | None, limit: int, folder: Path) -> subprocess.CompletedPro
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_step_runs_where_its_state_does_not_fit(tmp_path):
-    """The limit is on all the memory that it may write to; tests/paging asserts the share of the page cache."""
+    """The limit is on all memory that it may write to; tests/paging asserts what the page cache has."""
     room = BUDGET + 2 * PAGE + (6 << 20)  # and the tables of 128 pages, and the allocator's own
     done = run(BUDGET, room, tmp_path)
     assert done.returncode == 0, done.stderr
