@@ -215,8 +215,7 @@ class PagedOptimizer(torch.optim.Optimizer):
     def evict(self) -> int:
         """Takes all state out of the devices' memory, into the file or host memory. Returns the bytes.
 
-        The next step brings in what it needs. Does nothing for a CPU's state without a budget: it has no
-        file.
+        The next step brings in what it needs. A CPU's state without a budget gets its file by this.
         """
         return self._paged_state.evict()
 
