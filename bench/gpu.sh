@@ -6,7 +6,7 @@
 #
 # STAGES: groups and stages, in any order; they run in the order below. Preflight, build and env always run.
 #   correct   smoke tests finetune memcheck racecheck synccheck initcheck
-#   bench     training ops baseline
+#   bench     training ops optim baseline
 #   tune      tune
 #   all       everything (the default)
 #
@@ -14,8 +14,8 @@
 # environment; compute-sanitizer where it is installed. Every stage has a time limit, whatever fails is recorded and the
 # rest goes on, and the whole takes under 10 minutes ($TOTAL_S seconds, default 570): benchmarks get what time is left, and
 # stages that get none are named at the end, for a second call into the same or another folder. Leaves in FOLDER eight
-# files: log.txt (all output), status.json, report.md (all tables), training.json, ops.json, tune.json, baseline.json,
-# finetune.json. What an earlier call left there of other stages stays.
+# files: log.txt (all output, the optimizers' raw numbers among it), status.json, report.md (all tables), training.json,
+# ops.json, tune.json, baseline.json, finetune.json. What an earlier call left there of other stages stays.
 # Exit status: 0; 1 when a stage failed or had no time left (what is skipped for want of pytest or compute-sanitizer is no
 # failure); 2 for an unknown stage; 3 when the machine has no nvcc or no device (what can run without, is run).
 
@@ -39,7 +39,7 @@ names=() states=() times=() notes=()
 optional= # stages whose absence is no failure
 
 correct="smoke tests finetune memcheck racecheck synccheck initcheck"
-bench="training ops baseline"
+bench="training ops optim baseline"
 selected=" "
 for word in ${STAGES:-all}; do
   case $word in
@@ -91,7 +91,7 @@ write_status() {
 # All tables so far, the latest call's first.
 write_report() {
   local name
-  for name in training tune ops baseline earlier; do
+  for name in training tune ops optim baseline earlier; do
     if [ -s "$scratch/$name.md" ]; then
       cat "$scratch/$name.md"
       printf '\n'
@@ -149,7 +149,7 @@ print_end() {
     echo
     tail -n 2 "$scratch/finetune.txt" | cut -c1-180
   fi
-  for i in training tune ops baseline; do
+  for i in training tune ops optim baseline; do
     if [ -s "$scratch/$i.txt" ]; then
       echo
       tail -n 40 "$scratch/$i.txt" | cut -c1-180
@@ -286,9 +286,11 @@ else
   sanitize synccheck
   sanitize initcheck PYTORCH_NO_CUDA_MEMORY_CACHING=1
 
-  # Benchmarks, then tuning. Another family of kernels (the optimizer's) adds its script here and its name to `bench`.
+  # Benchmarks, then tuning. Another family of kernels adds its script here and its name to `bench`.
   measure training 180 bench/gpu_training.py
   measure ops 75 bench/gpu_ops.py
+  ! wanted optim || stage optim 75 "$scratch/optim.txt" "$python" -m bench.optim_step --device cuda --rounds 9 \
+    --tables "$scratch"
   measure tune 90 bench/gpu_tune.py
   measure baseline 200 bench/gpu_baseline.py
 fi

@@ -1,14 +1,15 @@
-"""Optimizer steps on a CPU: ours beside torch's fused AdamW and bitsandbytes' 8-bit one, resident and paged.
+"""Optimizer steps: ours beside torch's fused AdamW and bitsandbytes' 8-bit one, resident and paged.
 
-    python -m bench.optim_step [--quick] [--case TEXT] [--rounds N] [--results FOLDER]
+    python -m bench.optim_step [--device cuda] [--small] [--case TEXT] [--rounds N] [--results FOLDER]
 
 Every case has one set of fp32 parameters and gradients, which all contenders update in turn, A B C A B C; a
 ratio is of one round. The cases: 1 M, 100 M and 500 M elements of state (two for each parameter's element) in
 matrices of 1024 x 1024 or less, and 1,000 adapters of rank 16 on 4096 x 4096 layers, which are 2,000 tensors.
 
-"paged" has a quarter of its state resident, the rest in a file. Beside it stands what the bytes that it moved
-cost by plain reads and writes of whole pages past the page cache, in a file in the same folder, of as much
-data at the disk's pace in the same round, and the time that the step has waited for pages.
+"paged" has a quarter of its state resident, the rest in a file, or for a GPU in pinned host memory. Beside it
+stands what the bytes that it moved cost by plain reads and writes of whole pages, one after the other, in the
+same round: past the page cache, in a file in the same folder; over the bus, from and to pinned memory. And
+the time that the step has waited for pages.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from torch import nn
 
 import lora_kernels as lk
 from bench import machine
+from bench.timing import synchronize
 
 LR = 1e-4
 RESIDENT = 0.25
@@ -37,19 +39,19 @@ LEAST_RATIO, LEAST_RATIO_OF_ADAPTERS = 1.0, 2.0  # torch fused / ours, all resid
 MOST_OF_THE_DISK = 1.5  # time of a paged step over what its bytes cost
 
 
-def case_shapes(quick: bool) -> dict[str, list[tuple[int, ...]]]:
-    adapters = 50 if quick else 1000
+def case_shapes(small: bool) -> dict[str, list[tuple[int, ...]]]:
+    adapters = 50 if small else 1000
     cases = {
         "1 M elements": [(500, 1000)],
         "100 M elements": [(1024, 1024)] * 47 + [(717, 1024)],
         f"{adapters:,} adapters": [(16, 4096), (4096, 16)] * adapters,
         "500 M elements": [(1024, 1024)] * 238 + [(429, 1024)],
     }
-    return dict(list(cases.items())[:3]) if quick else cases
+    return dict(list(cases.items())[:3]) if small else cases
 
 
 class Disk:
-    """Seconds for a byte, read and written, of whole pages past the page cache."""
+    """What a byte costs, read and written in whole pages past the page cache."""
 
     def __init__(self, folder: str) -> None:
         self.file = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_DIRECT, 0o600)
@@ -59,6 +61,7 @@ class Disk:
         self.measure()
 
     def measure(self) -> tuple[float, float]:
+        """Seconds for a byte that is read, and for one that is written."""
         costs = []
         for transfer in (os.preadv, os.pwritev):
             start = time.perf_counter()
@@ -67,6 +70,26 @@ class Disk:
                     raise OSError("a transfer was cut short")
             costs.append((time.perf_counter() - start) / PROBE_BYTES)
         return costs[0], costs[1]
+
+
+class Bus:
+    """What a byte costs between pinned host memory and a GPU, in whole pages."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.host = torch.empty(PROBE_BYTES, dtype=torch.uint8, pin_memory=True).split(PAGE_BYTES)
+        self.page = torch.empty(PAGE_BYTES, dtype=torch.uint8, device=device)
+        self.measure()
+
+    def measure(self) -> tuple[float, float]:
+        """Seconds for a byte to the device, and for one from it."""
+
+        def copies(to_device: bool) -> None:
+            for host in self.host:
+                target, source = (self.page, host) if to_device else (host, self.page)
+                target.copy_(source, non_blocking=True)
+
+        return tuple(timed(lambda way=way: copies(way), self.device) / PROBE_BYTES for way in (True, False))
 
 
 def contenders(ps: list[nn.Parameter], folder: str, paged: bool) -> dict[str, torch.optim.Optimizer]:
@@ -89,20 +112,24 @@ def contenders(ps: list[nn.Parameter], folder: str, paged: bool) -> dict[str, to
     return found
 
 
-def timed(call: Callable[[], object]) -> float:
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    synchronize(device)
     start = time.perf_counter()
     call()
+    synchronize(device)
     return time.perf_counter() - start
 
 
-def measure(name: str, shapes: list[tuple[int, ...]], rounds: int, folder: str, paged: bool) -> dict:
+def measure(
+    name: str, shapes: list[tuple[int, ...]], rounds: int, folder: str, paged: bool, device: torch.device
+) -> dict:
     """Median times, ratios within a round, and for the paged ones what their bytes cost."""
-    generator = torch.Generator().manual_seed(0)
-    ps = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    generator = torch.Generator(device).manual_seed(0)
+    ps = [nn.Parameter(torch.randn(shape, generator=generator, device=device)) for shape in shapes]
     for p in ps:
-        p.grad = torch.randn(p.shape, generator=generator).mul_(1e-3)
+        p.grad = torch.randn(p.shape, generator=generator, device=device).mul_(1e-3)
     optimizers = contenders(ps, folder, paged)
-    disk = Disk(folder) if paged else None
+    disk = (Disk(folder) if device.type == "cpu" else Bus(device)) if paged else None
     for optimizer in optimizers.values():
         optimizer.step()  # makes the state
         optimizer.step()
@@ -113,7 +140,7 @@ def measure(name: str, shapes: list[tuple[int, ...]], rounds: int, folder: str, 
         cost = disk.measure() if disk else (0.0, 0.0)
         for label, optimizer in optimizers.items():
             before = optimizer.stats() if label in of_disk else {}
-            samples[label].append(timed(optimizer.step))
+            samples[label].append(timed(optimizer.step, device))
             if label in of_disk:
                 after = optimizer.stats()
                 moved[label] = {
@@ -188,32 +215,43 @@ def markdown(result: dict) -> str:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Times optimizer steps.", allow_abbrev=False)
-    parser.add_argument("--quick", action="store_true", help="small cases only")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--small", action="store_true", help="small cases only")
     parser.add_argument("--case", metavar="TEXT", help="only the cases whose name has this in it")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--directory", default=tempfile.gettempdir(), help="of the backing files")
     parser.add_argument("--results", type=Path, default=Path("bench/results"), metavar="FOLDER")
+    parser.add_argument("--tables", type=Path, metavar="FOLDER", help="write optim.md there, and no raw file")
     arguments = parser.parse_args(argv)
-    cases = []
-    for name, shapes in case_shapes(arguments.quick).items():
+    device, cases = torch.device(arguments.device), []
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("optim_step: not measured: torch sees no CUDA device", file=sys.stderr)
+        return 3
+    for name, shapes in case_shapes(arguments.small).items():
         if arguments.case and arguments.case not in name:
             continue
         print(name, file=sys.stderr, flush=True)
         paged = sum(torch.Size(s).numel() for s in shapes) * STATE_BYTES > 8 * PAGE_BYTES
         rounds = max(3, arguments.rounds // (3 if name.startswith("500 M") else 1))
-        cases.append(measure(name, shapes, rounds, arguments.directory, paged))
+        cases.append(measure(name, shapes, rounds, arguments.directory, paged, device))
+    gpu = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
     result = {
-        "machine": {**machine.describe_cpu(), "commit": machine.commit()},
+        "machine": {**machine.describe_cpu(), **gpu},
         "command": "python bench/run.py --optim " + " ".join(argv),
         "cases": cases,
     }
+    text = markdown(result)
+    print(text)
+    if arguments.tables is not None:  # beside other tables; the raw numbers into the log
+        (arguments.tables / "optim.md").write_text(text)
+        print(json.dumps(result))
+        return 0
     folder = arguments.results / machine.slug()
     folder.mkdir(parents=True, exist_ok=True)
     raw = folder / time.strftime("%Y-%m-%d_%H%M%S_optim_step.json")
     raw.write_text(json.dumps(result, indent=1) + "\n")
-    text = markdown(result)
     raw.with_suffix(".md").write_text(text)
-    print(text, f"\nwritten: {raw}")
+    print(f"written: {raw}")
     return 0
 
 

@@ -23,10 +23,10 @@ class OptimStep {
     for (size_t i = 0; i < params.size(); ++i) {
       const Tensor &p = params[i], &g = grads[i];
       const ScalarType grad_dtype = g.scalar_type();
-      fits_ = fits_ && is(p, dtype, 1) && dtype_of(p) >= 0 && here(p) && g.dim() == 1 && here(g) &&
-              g.size(0) == p.size(0) && (grad_dtype == dtype || grad_dtype == ScalarType::Float);
+      fits_ = fits_ && p.scalar_type() == dtype && dtype_of(p) >= 0 && here(p) && here(g) &&
+              g.numel() == p.numel() && (grad_dtype == dtype || grad_dtype == ScalarType::Float);
       if (!fits_) return;
-      parameters_.push_back({p.mutable_data_ptr(), g.const_data_ptr(), p.size(0), dtype_of(g)});
+      parameters_.push_back({p.mutable_data_ptr(), g.const_data_ptr(), p.numel(), dtype_of(g)});
     }
     for (const Tensor& page : pages) {
       void* data = page.mutable_data_ptr();

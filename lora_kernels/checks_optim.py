@@ -34,11 +34,11 @@ def check_hyper(op: str, tick: int, h: Hyper) -> None:
         raise ValueError(f"{op}: rounding is {h.rounding!r}, expected one of {', '.join(ROUNDINGS)}")
 
 
-def _check_flat(op: str, name: str, tensor: Tensor) -> None:
-    if tensor.dim() != 1 or not tensor.is_contiguous():
+def _check_contiguous(op: str, name: str, tensor: Tensor) -> None:
+    if not tensor.is_contiguous():
         raise ValueError(
-            f"{op}: {name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}, expected one "
-            "dimension, contiguous"
+            f"{op}: {name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}, expected a "
+            "contiguous tensor"
         )
 
 
@@ -57,16 +57,18 @@ def check_step(
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
         check_dtype(op, f"params[{i}]", p, PARAM_DTYPES if i == 0 else (params[0].dtype,))
         check_dtype(op, f"grads[{i}]", g, (p.dtype, torch.float32))
-        _check_flat(op, f"params[{i}]", p)
-        _check_flat(op, f"grads[{i}]", g)
-        if g.shape != p.shape:
+        _check_contiguous(op, f"params[{i}]", p)
+        _check_contiguous(op, f"grads[{i}]", g)
+        if g.numel() != p.numel():
             raise ValueError(
                 f"{op}: grads[{i}] has {g.numel()} elements, expected the {p.numel()} of params[{i}]"
             )
         check_device(op, on, **{f"params[{i}]": p, f"grads[{i}]": g})
     for i, page in enumerate(pages):
         check_dtype(op, f"pages[{i}]", page, (torch.uint8,))
-        _check_flat(op, f"pages[{i}]", page)
+        if page.dim() != 1:
+            raise ValueError(f"{op}: pages[{i}] has shape {tuple(page.shape)}, expected one dimension")
+        _check_contiguous(op, f"pages[{i}]", page)
         check_device(op, on, **{f"pages[{i}]": page})
         if page.numel() < HEADER_BYTES:
             raise ValueError(f"{op}: pages[{i}] has {page.numel()} bytes, expected at least {HEADER_BYTES}")

@@ -2,8 +2,8 @@
 backend. `lora_kernels.optim_state` has the layout of pages, `lora_kernels.reference_optim` the arithmetic.
 
     adamw_step, adamw8bit_step, lion_step, lion8bit_step
-        params    [n_i] fp32, bf16 or fp16, all of one dtype, contiguous: views in memory order
-        grads     [n_i] of that dtype or fp32
+        params    fp32, bf16 or fp16, all of one dtype, contiguous, of any shape
+        grads     as many elements, of that dtype or fp32, contiguous
         pages     uint8 [page_bytes], at a multiple of 64 bytes, on the device of the params
         segments  int64 [S, 7] on the CPU, a row for each piece of state:
                     page       index into pages

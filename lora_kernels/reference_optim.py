@@ -173,7 +173,7 @@ def step_pages(
         if int(header) == tick:
             continue
         for _, offset, parameter, first, count, step, id in segments[segments[:, 0] == number].tolist():
-            param, grad = (tensors[parameter][first : first + count] for tensors in (params, grads))
+            param, grad = (tensors[parameter].view(-1)[first : first + count] for tensors in (params, grads))
             state = {}
             for part in optim_state_parts(op, count, param.dtype, h.rounding):
                 begin = offset + part.offset

@@ -92,6 +92,8 @@ class PagedOptimizer(torch.optim.Optimizer):
     def _reset(self) -> None:
         self._paged_state = PagedState(**self._settings)
         self._steps: dict[Tensor, int] = {}  # each parameter's last whole step
+        self._counts = torch.zeros(0)  # the same numbers, of which state[p]["step"] are views
+        self._sharded = False  # whether a parameter is a DTensor
         self._tick = 0  # of the pages: the last whole step of the optimizer
         self._pending: dict[Tensor, int] | None = None  # of a step that has begun: each parameter's number
 
@@ -157,6 +159,7 @@ class PagedOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__} got a parameter of {parameter.dtype}, expected float32, bfloat16 or "
                 "float16"
             )
+        self._sharded |= hasattr(parameter, "to_local")
         small = self._state_bits == 32 or parameter.numel() < self._min_8bit_size
         op = self._ops[0 if small else 1]
         paged_state.place(parameter, local_of(parameter), op, group, number)
@@ -175,28 +178,31 @@ class PagedOptimizer(torch.optim.Optimizer):
             self._paged_state.write_back(run, following)
 
     def _update(self, run: Run, pages: list[Tensor]) -> None:
-        targets = [local_of(p) for p in run.parameters]
-        gradients = [local_of(p.grad).reshape(-1) for p in run.parameters]
-        parameters = [t.reshape(-1) for t in targets]  # views, but for what is not contiguous
+        given, gradients = list(run.parameters), [p.grad for p in run.parameters]
+        if self._sharded:
+            given, gradients = [local_of(p) for p in given], [local_of(g) for g in gradients]
+        # Copies only of what is not contiguous.
+        gradients = [g if g.is_contiguous() else g.contiguous() for g in gradients]
+        updated = [p if p.is_contiguous() else p.contiguous() for p in given]
         getattr(ops_optim, run.arena.op)(
-            *(parameters, gradients, pages, run.segments, self._tick + 1),
+            *(updated, gradients, pages, run.segments, self._tick + 1),
             *self._hyperparameters(self.param_groups[run.arena.group]),
             *(self._rounding, self._seed),
         )
-        for target, updated in zip(targets, parameters, strict=True):
-            if not target.is_contiguous():
-                target.copy_(updated.view(target.shape))
-        torch.autograd.graph.increment_version(run.parameters)
+        for p, q in zip(given, updated, strict=True):
+            if p is not q:
+                p.copy_(q)
+        if self._sharded:
+            torch.autograd.graph.increment_version(run.parameters)
 
     def _end(self) -> None:
         assert self._pending is not None
-        for p in self._pending:
-            if p not in self.state:
-                self.state[p]["step"] = torch.tensor(float(self._steps.get(p, 0)))
-        counts = [self.state[p]["step"] for p in self._pending]
-        if counts:
-            torch._foreach_add_(counts, 1.0)
         self._steps.update(self._pending)
+        if len(self._steps) > len(self._counts):
+            self._counts = torch.zeros(len(self._steps))
+            for i, p in enumerate(self._steps):
+                self.state[p]["step"] = self._counts[i]
+        self._counts.copy_(torch.tensor(list(self._steps.values())))
         self._tick += 1
         self._pending = None
 
@@ -209,8 +215,7 @@ class PagedOptimizer(torch.optim.Optimizer):
     def evict(self) -> int:
         """Takes all state out of the devices' memory, into the file or host memory. Returns the bytes.
 
-        The next step brings in what it needs. Does nothing for a CPU's state without a budget: it has no
-        file.
+        The next step brings in what it needs. A CPU's state without a budget gets its file by this.
         """
         return self._paged_state.evict()
 
@@ -279,6 +284,7 @@ class PagedOptimizer(torch.optim.Optimizer):
                 group.setdefault(key, value)
         self._paged_state.close()
         self._paged_state, self._steps, self._pending = paged_state, steps, None
+        self._counts = torch.zeros(0)
 
     def _loaded(self, entries: dict[Tensor, dict[str, Any]]) -> tuple[PagedState, dict[Tensor, int]]:
         """Pages with the state of a file, and the parameters' step numbers."""

@@ -104,6 +104,7 @@ class PagedState:
         self._homes: dict[Tensor, tuple[Arena, list[Piece]]] = {}
         self._numbers: dict[Tensor, int] = {}
         self._runs: list[Run] | None = None
+        self._held: dict[tuple[torch.device, tuple[int, ...]], list[Tensor]] = {}
 
     def __contains__(self, parameter: Tensor) -> bool:
         return parameter in self._homes
@@ -119,6 +120,7 @@ class PagedState:
             local: the parameter, or this process's part of it.
             number: of the parameter among the optimizer's, for the random stream.
         """
+        self._release()  # the runs will be others
         arena = Arena(local.device, op, group, local.dtype)
         pager = self._pager(local.device)
         arena_number = list(self._arenas).index(arena) if arena in self._arenas else len(self._arenas)
@@ -160,6 +162,14 @@ class PagedState:
         """The bytes of a run's pages, for a kernel that changes them on the current stream."""
         device = run.arena.device
         pager, stream = self._pagers[device], _stream(device)
+        if pager.resident_limit is None:  # pinned once: they stay where they are until evict()
+            held = device, run.pages
+            if held not in self._held:
+                for page in run.pages:
+                    pager.pin(page, stream)
+                self._held[held] = [self._bytes_of(device, page) for page in run.pages]
+            yield self._held[held]
+            return
         taken: list[int] = []
         memory: list[Tensor] = []
         try:
@@ -223,6 +233,7 @@ class PagedState:
 
     def evict(self) -> int:
         """Takes all state out of the devices' memory. Returns the bytes."""
+        self._release()
         return sum(pager.evict() for pager in self._pagers.values())
 
     def stats(self) -> dict[str, float]:
@@ -235,10 +246,19 @@ class PagedState:
 
     def close(self) -> None:
         """Gives back all memory and the files."""
+        self._release()
         for pager in self._pagers.values():
             pager.close()
         self._pagers, self._arenas, self._entries, self._homes, self._numbers = {}, {}, {}, {}, {}
         self._runs = None
+
+    def _release(self) -> None:
+        """Unpins the pages of runs that were pinned once."""
+        for (device, pages), memory in self._held.items():
+            memory.clear()
+            for page in pages:
+                self._pagers[device].unpin(page, True, _stream(device))
+        self._held.clear()
 
     # ---- pages ---------------------------------------------------------------------------------------------
 

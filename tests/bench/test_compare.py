@@ -27,14 +27,15 @@ def noisy(rng: random.Random, ratio: float, spread: float):
 @pytest.mark.parametrize("spread", [0.002, 0.005, 0.01])
 def test_ten_percent_are_caught_and_noise_is_not(spread, seed):
     rng = random.Random(seed)
-    false, caught, runs = 0, 0, 300
+    false, caught, runs = 0, 0, 1500
     for _ in range(runs):
         clean, slower = noisy(rng, 0.5, spread), noisy(rng, 0.55, spread)
         baseline = statistic([clean() for _ in range(9)])
         false += verdict(baseline, clean, pause_s=0)[0]
         caught += verdict(baseline, slower, pause_s=0)[0]
     assert false <= 0.01 * runs
-    assert caught >= {0.002: 0.99, 0.005: 0.98, 0.01: 0.9}[spread] * runs
+    # Of 10,000 baselines 0.7, 0.7 and 1.1 % had too many disturbed repeats to tell; five deviations off.
+    assert caught >= {0.002: 0.98, 0.005: 0.98, 0.01: 0.974}[spread] * runs
 
 
 def test_a_regression_must_show_in_every_attempt():

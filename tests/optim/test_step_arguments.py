@@ -56,10 +56,15 @@ REFUSED = {
         ValueError,
         r"grads\[0\] has 599 elements, expected the 600",
     ),
-    "params shape": (
-        lambda a: {**a, "params": [a["params"][0].view(20, 30)]},
+    "params transposed": (
+        lambda a: {**a, "params": [a["params"][0].view(20, 30).t()]},
         ValueError,
-        r"params\[0\] has shape \(20, 30\)",
+        r"params\[0\] has shape \(30, 20\) and strides \(1, 30\), expected a contiguous tensor",
+    ),
+    "pages shape": (
+        lambda a: {**a, "pages": [a["pages"][0].view(2, -1)]},
+        ValueError,
+        r"pages\[0\] has shape \(2, \d+\), expected one dimension",
     ),
     "params strides": (
         lambda a: {**a, "params": [torch.randn(1200)[::2]]},
