@@ -16,6 +16,12 @@
 #include "nf4.h"
 #include "philox.h"
 
+#ifdef __CUDACC__
+#define LK_HOST_DEVICE __host__ __device__
+#else
+#define LK_HOST_DEVICE
+#endif
+
 namespace lk::optim {
 
 inline constexpr int64_t kBlock = 256;  // elements that share an absmax
