@@ -184,14 +184,16 @@ class PagedOptimizer(torch.optim.Optimizer):
         # Copies only of what is not contiguous.
         gradients = [g if g.is_contiguous() else g.contiguous() for g in gradients]
         updated = [p if p.is_contiguous() else p.contiguous() for p in given]
-        getattr(ops_optim, run.arena.op)(
-            *(updated, gradients, pages, run.segments, self._tick + 1),
-            *self._hyperparameters(self.param_groups[run.arena.group]),
-            *(self._rounding, self._seed),
-        )
-        for p, q in zip(given, updated, strict=True):
-            if p is not q:
-                p.copy_(q)
+        try:
+            getattr(ops_optim, run.arena.op)(
+                *(updated, gradients, pages, run.segments, self._tick + 1),
+                *self._hyperparameters(self.param_groups[run.arena.group]),
+                *(self._rounding, self._seed),
+            )
+        finally:  # after a signal too: the pages say already that these are updated
+            for p, q in zip(given, updated, strict=True):
+                if p is not q:
+                    p.copy_(q)
         if self._sharded:
             torch.autograd.graph.increment_version(run.parameters)
 

@@ -5,6 +5,7 @@ import gc
 import math
 import pickle
 import resource
+import signal
 
 import pytest
 import torch
@@ -134,6 +135,98 @@ def test_an_interrupted_step_is_completed_and_never_applied_twice(monkeypatch, a
     trained = train(optimizer, steps)
     assert same_bits(trained, expected)
     assert all(entry["step"] == 3 for entry in optimizer.state_dict()["state"].values())
+
+
+def signalled(optimizer, after_s: float) -> bool:
+    """A step with a signal that comes `after_s` seconds after its beginning. Whether it cut the step short."""
+    signal.setitimer(signal.ITIMER_REAL, after_s)
+    try:
+        optimizer.step()
+    except InterruptedError:
+        return True
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    return False
+
+
+def test_signals_at_any_moment_leave_no_page_pinned_and_no_update_out(tmp_path):
+    """Python raises a signal's exception behind the call that was under way: behind a pin that has waited for
+    the disk, or a kernel. One parameter is transposed: its update is in a copy for a moment."""
+
+    def new():
+        generator = torch.Generator().manual_seed(0)
+        ps = [nn.Parameter(torch.randn(500, 301, generator=generator)) for _ in range(2)]
+        ps[1].data = ps[1].data.t()
+        for p in ps:
+            p.grad = torch.randn(p.shape, generator=generator)
+        return ps, lk.optim.PagedAdamW(
+            ps, lr=1e-2, resident_bytes=4 * PAGE, page_bytes=PAGE, directory=tmp_path
+        )
+
+    def raise_error(*_):
+        raise InterruptedError
+
+    whole, undisturbed = new()
+    disturbed, optimizer = new()
+    before = signal.signal(signal.SIGALRM, raise_error)
+    cut = 0
+    try:
+        for step in range(60):
+            undisturbed.step()
+            if signalled(optimizer, 1e-4 * (1 + step)):
+                cut += 1
+                if optimizer._tick == step:  # else it came behind the last update
+                    optimizer.step()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert cut > 10
+    assert optimizer.stats()["pinned"] == 0
+    assert same_bits(disturbed, whole)
+
+
+def test_a_signal_behind_a_kernel_loses_no_update_of_a_copy(monkeypatch):
+    """A parameter that is not contiguous is updated in a copy, and the page says already that it was."""
+    whole, cut = (nn.Parameter(torch.ones(4, 3).t()) for _ in range(2))
+    undisturbed, optimizer = lk.optim.PagedAdamW([whole]), lk.optim.PagedAdamW([cut])
+    whole.grad, cut.grad = torch.ones(3, 4), torch.ones(3, 4)
+    undisturbed.step()
+    op = ops_optim.adamw_step
+
+    def late(*arguments):
+        op(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ops_optim, "adamw_step", late)
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step()
+    optimizer.step()
+    assert same_bits([cut], [whole])
+
+
+def test_a_signal_behind_a_pin_leaves_no_page_pinned(monkeypatch, tmp_path):
+    optimizer = lk.optim.PagedAdamW(parameters(), resident_bytes=1, page_bytes=PAGE, directory=tmp_path)
+    train(optimizer, gradients(1))
+    (pager,) = optimizer._paged_state._pagers.values()
+
+    class Interrupted:
+        """The pager, behind whose first pin a signal comes."""
+
+        def __getattr__(self, name):
+            return getattr(pager, name)
+
+        def pin(self, *arguments):
+            pager.pin(*arguments)
+            raise KeyboardInterrupt
+
+    (device,) = optimizer._paged_state._pagers
+    for call in (optimizer.step, optimizer.state_dict):
+        with monkeypatch.context() as patch:
+            patch.setitem(optimizer._paged_state._pagers, device, Interrupted())
+            with pytest.raises(KeyboardInterrupt):
+                call()
+        optimizer.step()
+        assert optimizer.stats()["pinned"] == 0
 
 
 def test_a_step_whose_gradients_are_gone_is_not_completed(monkeypatch):
