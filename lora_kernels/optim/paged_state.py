@@ -110,6 +110,21 @@ class PagedState:
     def __contains__(self, parameter: Tensor) -> bool:
         return parameter in self._homes
 
+    def fits(self, parameter: Tensor, local: Tensor, group: int) -> bool:
+        """Whether a parameter's state lies where a parameter of such a kind belongs.
+
+        Raises:
+            ValueError: the state is of another number of elements.
+        """
+        arena, pieces = self._homes[parameter]
+        elements = pieces[-1].first + pieces[-1].count if pieces else 0
+        if elements != local.numel():
+            raise ValueError(
+                f"a parameter has shape {tuple(local.shape)}, expected {elements} elements, which its state "
+                "has: to go on without that state, call close() or make a new optimizer"
+            )
+        return (arena.device, arena.group, arena.dtype) == (local.device, group, local.dtype)
+
     def op_of(self, parameter: Tensor) -> str:
         """The kernel that updates a parameter that is in it."""
         return self._homes[parameter][0].op

@@ -138,7 +138,7 @@ def test_an_interrupted_step_is_completed_and_never_applied_twice(monkeypatch, a
 
 
 def signalled(optimizer, after_s: float) -> bool:
-    """A step with a signal that comes `after_s` seconds after its beginning. Whether it cut the step short."""
+    """A step with a signal that comes `after_s` seconds after its beginning. Whether it cut it short."""
     signal.setitimer(signal.ITIMER_REAL, after_s)
     try:
         optimizer.step()
@@ -322,6 +322,59 @@ def test_add_param_group_none_gradients_and_their_own_step_numbers():
     assert results[0][1] == results[1][1]
     for a, b in zip(results[0][0], results[1][0], strict=True):
         torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-6)
+
+
+def test_parameters_that_change_dtype_or_group_take_their_state_with_them(tmp_path):
+    """A page is updated as of one dtype and with the hyperparameters of one group: with the old ones a
+    compensation would lie over a neighbour's state, or another group's lr move the parameter."""
+    a, b, c = (nn.Parameter(torch.randn(1000)) for _ in range(3))
+    optimizer = lk.optim.PagedAdamW(
+        [{"params": [a, b], "lr": 0.0}, {"params": [c], "lr": 1.0}],
+        rounding="kahan",
+        resident_bytes=4 * PAGE,
+        directory=tmp_path,
+    )
+    train(optimizer, [[torch.randn(1000) for _ in range(3)]])
+    before = optimizer.state_dict()["state"]
+    for p in (a, b):
+        p.grad, p.data = None, p.data.bfloat16()
+    a.grad, c.grad = torch.randn(1000).bfloat16(), None
+    optimizer.step()
+    after = optimizer.state_dict()["state"]
+    assert set(after[0]) - set(before[0]) == {"compensation"} and after[0]["step"] == 2
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(after[1][name], before[1][name])  # of the neighbour, which had no step
+
+    optimizer.param_groups.pop(0)
+    c.grad, old = torch.zeros(1000), c.detach().clone()
+    optimizer.step()
+    m, v = 0.9 * before[2]["exp_avg"] / (1 - 0.9**2), 0.999 * before[2]["exp_avg_sq"] / (1 - 0.999**2)
+    torch.testing.assert_close(c.detach(), old * 0.99 - m / (v.sqrt() + 1e-8))
+    assert list(optimizer.state_dict()["state"]) == [0]
+
+
+def test_a_parameter_that_has_grown_is_refused_and_nothing_changes():
+    p = nn.Parameter(torch.ones(1000))
+    optimizer = lk.optim.PagedAdamW([p])
+    train(optimizer, [[torch.ones(1000)]])
+    p.grad, p.data = None, torch.ones(2000)
+    p.grad = torch.ones(2000)
+    with pytest.raises(ValueError, match=r"shape \(2000,\), expected 1000 elements"):
+        optimizer.step()
+    assert torch.equal(p.detach(), torch.ones(2000))
+    optimizer.close()
+    optimizer.step()
+    assert (p != 1).all()
+
+
+def test_a_hyperparameter_that_cannot_be_begins_no_step():
+    p = nn.Parameter(torch.ones(4))
+    optimizer = lk.optim.PagedAdamW([p])
+    train(optimizer, [[torch.ones(4)]])
+    optimizer.param_groups[0]["lr"] = -1.0
+    with pytest.raises(ValueError, match="lr is -1.0"):
+        optimizer.step()
+    assert optimizer.state_dict()["state"][0]["step"] == 1
 
 
 def test_closure_accumulation_clipping_and_zero_grad():
