@@ -99,6 +99,8 @@ class PagedOptimizer(torch.optim.Optimizer):
 
     # ---- the step ------------------------------------------------------------------------------------------
 
+    # Not to be traced: Dynamo would take numbers of the pages for constants, and later steps do nothing.
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One update of every parameter that has a gradient.

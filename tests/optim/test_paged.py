@@ -377,6 +377,22 @@ def test_a_hyperparameter_that_cannot_be_begins_no_step():
     assert optimizer.state_dict()["state"][0]["step"] == 1
 
 
+def test_a_compiled_step_is_the_step():
+    """Dynamo cannot follow the pages, and is not asked to: what it took for constant would never change."""
+    for wrap in (lambda o: o.step, lambda o: lambda: o.step()):
+        plain = lk.optim.PagedAdamW(parameters())
+        expected = train(plain, gradients(3))
+        optimizer = lk.optim.PagedAdamW(parameters())
+        compiled = torch.compile(wrap(optimizer), backend="eager")
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        for given in gradients(3):
+            for p, gradient in zip(trained, given, strict=True):
+                p.grad = gradient.clone()
+            compiled()
+        assert same_bits(trained, expected)
+        assert all(entry["step"] == 3 for entry in optimizer.state_dict()["state"].values())
+
+
 def test_closure_accumulation_clipping_and_zero_grad():
     results = []
     for kind in (torch.optim.AdamW, lk.optim.PagedAdamW):
