@@ -31,6 +31,9 @@ class PagedOptimizer(torch.optim.Optimizer):
     as the update: a step that an exception has cut short is completed by the next call, and no page is
     updated twice for it.
 
+    state[p] has "step" only, for reading; the moments are in state_dict()'s copies. To forget all state, call
+    close(): an empty dictionary in the place of `state` does not.
+
     Args:
         ops: the kernels for 32-bit and for 8-bit state, names in the namespace of lora_kernels' ops.
         states: torch's names of the states.
@@ -63,6 +66,14 @@ class PagedOptimizer(torch.optim.Optimizer):
         seed: int,
         paged: bool = True,
     ) -> None:
+        for name, number in (
+            ("resident_bytes", resident_bytes),
+            ("page_bytes", page_bytes),
+            ("min_8bit_size", min_8bit_size),
+            ("seed", seed),
+        ):
+            if number is not None and not hasattr(number, "__index__"):
+                raise TypeError(f"{name} is {number!r}, expected an integer")
         if state_bits not in (8, 32):
             raise ValueError(f"state_bits is {state_bits}, expected 8 or 32")
         if rounding not in optim_state.ROUNDINGS:
@@ -186,6 +197,7 @@ class PagedOptimizer(torch.optim.Optimizer):
         for p in [p for p in self._steps if p not in moved]:
             del self._steps[p]
             self.state.pop(p, None)
+        self._counts = torch.zeros(0)
 
     def _place(self, paged_state: PagedState, parameter: Tensor, group: int, number: int) -> str:
         """Makes room for a parameter's state, zeros. Returns the kernel that will update it."""
@@ -285,15 +297,21 @@ class PagedOptimizer(torch.optim.Optimizer):
         """
         if self._pending is not None:
             raise RuntimeError("the last step was cut short: call step() to complete it before saving")
-        packed = super().state_dict()
-        packed["state"] = {}
-        for name, p in zip(_names(packed), _parameters(self.param_groups), strict=True):
-            if p in self._steps:
-                parts = self._paged_state.read(p)
-                packed["state"][name] = state_format.entry_of(
-                    p, parts, self._states, self._state_bits, self._steps[p]
-                )
-        return packed
+
+        def fill(_: torch.optim.Optimizer, packed: dict[str, Any]) -> None:
+            packed["state"] = {}
+            for name, p in zip(_names(packed), _parameters(self.param_groups), strict=True):
+                if p in self._steps:
+                    parts = self._paged_state.read(p)
+                    packed["state"][name] = state_format.entry_of(
+                        p, parts, self._states, self._state_bits, self._steps[p]
+                    )
+
+        hook = self.register_state_dict_post_hook(fill, prepend=True)  # before those that are to see it
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads the state of this optimizer, of torch's AdamW, or of bitsandbytes' with 32 or 8 bits.
@@ -305,28 +323,42 @@ class PagedOptimizer(torch.optim.Optimizer):
             ValueError: groups or shapes that are not this optimizer's, or state that it does not know.
             OSError, MemoryError: no room for the pages.
         """
-        entries = {k: state_format.flattened(v) for k, v in state_dict["state"].items()}
-        for group in state_dict["param_groups"]:
-            for option in ("amsgrad", "maximize"):
-                if group.get(option):
-                    raise ValueError(
-                        f"state_dict: it is of an optimizer with {option}=True, which "
-                        f"{type(self).__name__} does not have"
-                    )
-        names, parameters = _names(state_dict), _parameters(self.param_groups)
-        paged_state = steps = None
-        if len(names) == len(parameters):  # else the base class says what is wrong
-            paged_state, steps = self._loaded(
-                {p: entries[n] for n, p in zip(names, parameters, strict=True) if n in entries}
-            )
-        light = {n: {"step": torch.tensor(float(state_format.step_of(e)))} for n, e in entries.items()}
-        super().load_state_dict({**state_dict, "state": light})
-        for group in self.param_groups:
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
-        self._paged_state.close()
-        self._paged_state, self._steps, self._pending = paged_state, steps, None
-        self._counts = torch.zeros(0)
+        loaded: list[tuple[PagedState, dict[Tensor, int]]] = []
+
+        def convert(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            entries = {k: state_format.flattened(v) for k, v in given["state"].items()}
+            for group in given["param_groups"]:
+                for option in ("amsgrad", "maximize"):
+                    if group.get(option):
+                        raise ValueError(
+                            f"state_dict: it is of an optimizer with {option}=True, which "
+                            f"{type(self).__name__} does not have"
+                        )
+            names, parameters = _names(given), _parameters(self.param_groups)
+            if len(names) == len(parameters):  # else the base class says what is wrong
+                pairs = zip(names, parameters, strict=True)
+                loaded.append(self._loaded({p: entries[n] for n, p in pairs if n in entries}))
+            light = {n: {"step": torch.tensor(float(state_format.step_of(e)))} for n, e in entries.items()}
+            return {**given, "state": light}
+
+        def take(_: torch.optim.Optimizer) -> None:
+            for group in self.param_groups:
+                for key, value in self.defaults.items():
+                    group.setdefault(key, value)
+            self._paged_state.close()
+            self._paged_state, self._steps = loaded.pop()
+            self._pending, self._counts = None, torch.zeros(0)
+
+        # Behind the hooks that may change the file, and before those that are to see what was loaded.
+        before = self.register_load_state_dict_pre_hook(convert)
+        after = self.register_load_state_dict_post_hook(take, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+            for paged_state, _ in loaded:
+                paged_state.close()
 
     def _loaded(self, entries: dict[Tensor, dict[str, Any]]) -> tuple[PagedState, dict[Tensor, int]]:
         """Pages with the state of a file, and the parameters' step numbers."""

@@ -18,6 +18,10 @@ PREFETCHED_RUNS = 2  # ahead of the one that is updated
 PAGES_OF_A_PASS = 8  # of a GPU's default budget: a run in use, those that come, those that leave
 MOST_PAGES_OF_A_RUN = 64  # 128 MiB of state in one launch
 MOST_PAGES_OF_A_PAGED_RUN = 16  # the first run of a pass is waited for
+STATISTICS = (
+    *("resident_bytes", "peak_resident_bytes", "host_bytes", "pages", "pinned", "faults", "evictions"),
+    *("bytes_read", "bytes_written", "stalled_s"),
+)
 PARAMETER, STEP = COLUMNS.index("parameter"), COLUMNS.index("step")
 
 
@@ -246,10 +250,10 @@ class PagedState:
 
     def stats(self) -> dict[str, float]:
         """The sums of all pagers' statistics."""
-        total: dict[str, float] = {}
+        total: dict[str, float] = dict.fromkeys(STATISTICS, 0)
         for pager in self._pagers.values():
             for name, value in pager.stats().items():
-                total[name] = total.get(name, 0) + value
+                total[name] += value
         return total
 
     def close(self) -> None:
