@@ -151,7 +151,6 @@ class PagedOptimizer(torch.optim.Optimizer):
 
     def _begin(self) -> dict[Tensor, int]:
         """The parameters that have a step to make, all with room for their state, and the step's number."""
-        self._move()
         steps: dict[Tensor, int] = {}
         number = -1
         for index, group in enumerate(self.param_groups):
@@ -167,22 +166,19 @@ class PagedOptimizer(torch.optim.Optimizer):
                     )
                 if p not in self._paged_state:
                     self._place(self._paged_state, p, index, number)
+                elif not self._paged_state.fits(p, local_of(p) if self._sharded else p, index):
+                    self._move()
+                    return self._begin()
                 steps[p] = self._steps.get(p, 0) + 1
         return steps
 
     def _move(self) -> None:
-        """Brings the state of parameters to where they belong now, where somebody has changed that.
+        """Brings the state of parameters to where they belong now.
 
         The pages of an arena are updated with the hyperparameters of its group and as parameters of its
         dtype. A parameter that is in no group any more loses its state.
         """
         groups = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
-        if all(
-            self._paged_state.fits(p, local_of(p), group)
-            for p, group in groups.items()
-            if p.grad is not None and p in self._paged_state
-        ):
-            return
         moved = PagedState(**self._settings)
         try:
             for number, p in enumerate(_parameters(self.param_groups)):
