@@ -31,6 +31,9 @@ class PagedOptimizer(torch.optim.Optimizer):
     as the update: a step that an exception has cut short is completed by the next call, and no page is
     updated twice for it.
 
+    state[p] has "step" only, for reading; the moments are in state_dict()'s copies. To forget all state, call
+    close(): an empty dictionary in the place of `state` does not.
+
     Args:
         ops: the kernels for 32-bit and for 8-bit state, names in the namespace of lora_kernels' ops.
         states: torch's names of the states.
@@ -63,6 +66,14 @@ class PagedOptimizer(torch.optim.Optimizer):
         seed: int,
         paged: bool = True,
     ) -> None:
+        for name, number in (
+            ("resident_bytes", resident_bytes),
+            ("page_bytes", page_bytes),
+            ("min_8bit_size", min_8bit_size),
+            ("seed", seed),
+        ):
+            if number is not None and not hasattr(number, "__index__"):
+                raise TypeError(f"{name} is {number!r}, expected an integer")
         if state_bits not in (8, 32):
             raise ValueError(f"state_bits is {state_bits}, expected 8 or 32")
         if rounding not in optim_state.ROUNDINGS:
@@ -99,6 +110,8 @@ class PagedOptimizer(torch.optim.Optimizer):
 
     # ---- the step ------------------------------------------------------------------------------------------
 
+    # Not to be traced: Dynamo would take numbers of the pages for constants, and later steps do nothing.
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One update of every parameter that has a gradient.
@@ -106,9 +119,12 @@ class PagedOptimizer(torch.optim.Optimizer):
         Where an exception has cut the last call short, this one completes its step, with the gradients as
         they are now, and begins no other.
 
+        A parameter that was given another dtype, device or group meanwhile takes its state with it.
+
         Raises:
             RuntimeError: a sparse gradient.
             TypeError: a parameter that is not float32, bfloat16 or float16.
+            ValueError: a hyperparameter out of range, or a parameter of another size than its state.
             OSError: the backing file's disk is full, or the file was damaged.
             MemoryError: no memory for a page.
         """
@@ -138,6 +154,7 @@ class PagedOptimizer(torch.optim.Optimizer):
         steps: dict[Tensor, int] = {}
         number = -1
         for index, group in enumerate(self.param_groups):
+            self._check_group(group)
             for p in group["params"]:
                 number += 1
                 if p.grad is None:
@@ -149,8 +166,34 @@ class PagedOptimizer(torch.optim.Optimizer):
                     )
                 if p not in self._paged_state:
                     self._place(self._paged_state, p, index, number)
+                elif not self._paged_state.fits(p, local_of(p) if self._sharded else p, index):
+                    self._move()
+                    return self._begin()
                 steps[p] = self._steps.get(p, 0) + 1
         return steps
+
+    def _move(self) -> None:
+        """Brings the state of parameters to where they belong now.
+
+        The pages of an arena are updated with the hyperparameters of its group and as parameters of its
+        dtype. A parameter that is in no group any more loses its state.
+        """
+        groups = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
+        moved = PagedState(**self._settings)
+        try:
+            for number, p in enumerate(_parameters(self.param_groups)):
+                if p in self._paged_state and p not in moved:
+                    self._place(moved, p, groups[p], number)
+                    moved.write(p, self._paged_state.read(p))
+        except BaseException:
+            moved.close()
+            raise
+        left, self._paged_state = self._paged_state, moved
+        left.close()
+        for p in [p for p in self._steps if p not in moved]:
+            del self._steps[p]
+            self.state.pop(p, None)
+        self._counts = torch.zeros(0)
 
     def _place(self, paged_state: PagedState, parameter: Tensor, group: int, number: int) -> str:
         """Makes room for a parameter's state, zeros. Returns the kernel that will update it."""
@@ -184,14 +227,16 @@ class PagedOptimizer(torch.optim.Optimizer):
         # Copies only of what is not contiguous.
         gradients = [g if g.is_contiguous() else g.contiguous() for g in gradients]
         updated = [p if p.is_contiguous() else p.contiguous() for p in given]
-        getattr(ops_optim, run.arena.op)(
-            *(updated, gradients, pages, run.segments, self._tick + 1),
-            *self._hyperparameters(self.param_groups[run.arena.group]),
-            *(self._rounding, self._seed),
-        )
-        for p, q in zip(given, updated, strict=True):
-            if p is not q:
-                p.copy_(q)
+        try:
+            getattr(ops_optim, run.arena.op)(
+                *(updated, gradients, pages, run.segments, self._tick + 1),
+                *self._hyperparameters(self.param_groups[run.arena.group]),
+                *(self._rounding, self._seed),
+            )
+        finally:  # after a signal too: the pages say already that these are updated
+            for p, q in zip(given, updated, strict=True):
+                if p is not q:
+                    p.copy_(q)
         if self._sharded:
             torch.autograd.graph.increment_version(run.parameters)
 
@@ -205,6 +250,10 @@ class PagedOptimizer(torch.optim.Optimizer):
         self._counts.copy_(torch.tensor(list(self._steps.values())))
         self._tick += 1
         self._pending = None
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raises ValueError naming the hyperparameter that cannot be."""
+        raise NotImplementedError
 
     def _hyperparameters(self, group: dict[str, Any]) -> tuple[float, ...]:
         """What the kernel takes, in its order: lr, beta1, beta2, eps where it has one, weight_decay."""
@@ -243,15 +292,21 @@ class PagedOptimizer(torch.optim.Optimizer):
         """
         if self._pending is not None:
             raise RuntimeError("the last step was cut short: call step() to complete it before saving")
-        packed = super().state_dict()
-        packed["state"] = {}
-        for name, p in zip(_names(packed), _parameters(self.param_groups), strict=True):
-            if p in self._steps:
-                parts = self._paged_state.read(p)
-                packed["state"][name] = state_format.entry_of(
-                    p, parts, self._states, self._state_bits, self._steps[p]
-                )
-        return packed
+
+        def fill(_: torch.optim.Optimizer, packed: dict[str, Any]) -> None:
+            packed["state"] = {}
+            for name, p in zip(_names(packed), _parameters(self.param_groups), strict=True):
+                if p in self._steps:
+                    parts = self._paged_state.read(p)
+                    packed["state"][name] = state_format.entry_of(
+                        p, parts, self._states, self._state_bits, self._steps[p]
+                    )
+
+        hook = self.register_state_dict_post_hook(fill, prepend=True)  # before those that are to see it
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads the state of this optimizer, of torch's AdamW, or of bitsandbytes' with 32 or 8 bits.
@@ -263,28 +318,42 @@ class PagedOptimizer(torch.optim.Optimizer):
             ValueError: groups or shapes that are not this optimizer's, or state that it does not know.
             OSError, MemoryError: no room for the pages.
         """
-        entries = {k: state_format.flattened(v) for k, v in state_dict["state"].items()}
-        for group in state_dict["param_groups"]:
-            for option in ("amsgrad", "maximize"):
-                if group.get(option):
-                    raise ValueError(
-                        f"state_dict: it is of an optimizer with {option}=True, which "
-                        f"{type(self).__name__} does not have"
-                    )
-        names, parameters = _names(state_dict), _parameters(self.param_groups)
-        paged_state = steps = None
-        if len(names) == len(parameters):  # else the base class says what is wrong
-            paged_state, steps = self._loaded(
-                {p: entries[n] for n, p in zip(names, parameters, strict=True) if n in entries}
-            )
-        light = {n: {"step": torch.tensor(float(state_format.step_of(e)))} for n, e in entries.items()}
-        super().load_state_dict({**state_dict, "state": light})
-        for group in self.param_groups:
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
-        self._paged_state.close()
-        self._paged_state, self._steps, self._pending = paged_state, steps, None
-        self._counts = torch.zeros(0)
+        loaded: list[tuple[PagedState, dict[Tensor, int]]] = []
+
+        def convert(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            entries = {k: state_format.flattened(v) for k, v in given["state"].items()}
+            for group in given["param_groups"]:
+                for option in ("amsgrad", "maximize"):
+                    if group.get(option):
+                        raise ValueError(
+                            f"state_dict: it is of an optimizer with {option}=True, which "
+                            f"{type(self).__name__} does not have"
+                        )
+            names, parameters = _names(given), _parameters(self.param_groups)
+            if len(names) == len(parameters):  # else the base class says what is wrong
+                pairs = zip(names, parameters, strict=True)
+                loaded.append(self._loaded({p: entries[n] for n, p in pairs if n in entries}))
+            light = {n: {"step": torch.tensor(float(state_format.step_of(e)))} for n, e in entries.items()}
+            return {**given, "state": light}
+
+        def take(_: torch.optim.Optimizer) -> None:
+            for group in self.param_groups:
+                for key, value in self.defaults.items():
+                    group.setdefault(key, value)
+            self._paged_state.close()
+            self._paged_state, self._steps = loaded.pop()
+            self._pending, self._counts = None, torch.zeros(0)
+
+        # Behind the hooks that may change the file, and before those that are to see what was loaded.
+        before = self.register_load_state_dict_pre_hook(convert)
+        after = self.register_load_state_dict_post_hook(take, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+            for paged_state, _ in loaded:
+                paged_state.close()
 
     def _loaded(self, entries: dict[Tensor, dict[str, Any]]) -> tuple[PagedState, dict[Tensor, int]]:
         """Pages with the state of a file, and the parameters' step numbers."""

@@ -58,6 +58,9 @@ class PagedLion(PagedOptimizer):
         check_hyperparameters({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_hyperparameters(group)
+
     def _hyperparameters(self, group: dict[str, Any]) -> tuple[float, ...]:
         beta1, beta2 = group["betas"]
         return float(group["lr"]), beta1, beta2, group["weight_decay"]

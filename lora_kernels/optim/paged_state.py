@@ -18,6 +18,10 @@ PREFETCHED_RUNS = 2  # ahead of the one that is updated
 PAGES_OF_A_PASS = 8  # of a GPU's default budget: a run in use, those that come, those that leave
 MOST_PAGES_OF_A_RUN = 64  # 128 MiB of state in one launch
 MOST_PAGES_OF_A_PAGED_RUN = 16  # the first run of a pass is waited for
+STATISTICS = (
+    *("resident_bytes", "peak_resident_bytes", "host_bytes", "pages", "pinned", "faults", "evictions"),
+    *("bytes_read", "bytes_written", "stalled_s"),
+)
 PARAMETER, STEP = COLUMNS.index("parameter"), COLUMNS.index("step")
 
 
@@ -105,9 +109,25 @@ class PagedState:
         self._numbers: dict[Tensor, int] = {}
         self._runs: list[Run] | None = None
         self._held: dict[tuple[torch.device, tuple[int, ...]], list[Tensor]] = {}
+        self._unsettled = False  # an exception, a signal's for one, came between a pin and the note of it
 
     def __contains__(self, parameter: Tensor) -> bool:
         return parameter in self._homes
+
+    def fits(self, parameter: Tensor, local: Tensor, group: int) -> bool:
+        """Whether a parameter's state lies where a parameter of such a kind belongs.
+
+        Raises:
+            ValueError: the state is of another number of elements.
+        """
+        arena, pieces = self._homes[parameter]
+        elements = pieces[-1].first + pieces[-1].count if pieces else 0
+        if elements != local.numel():
+            raise ValueError(
+                f"a parameter has shape {tuple(local.shape)}, expected {elements} elements, which its state "
+                "has: to go on without that state, call close() or make a new optimizer"
+            )
+        return (arena.device, arena.group, arena.dtype) == (local.device, group, local.dtype)
 
     def op_of(self, parameter: Tensor) -> str:
         """The kernel that updates a parameter that is in it."""
@@ -161,27 +181,19 @@ class PagedState:
     def pinned(self, run: Run) -> Iterator[list[Tensor]]:
         """The bytes of a run's pages, for a kernel that changes them on the current stream."""
         device = run.arena.device
-        pager, stream = self._pagers[device], _stream(device)
-        if pager.resident_limit is None:  # pinned once: they stay where they are until evict()
-            held = device, run.pages
-            if held not in self._held:
-                for page in run.pages:
-                    pager.pin(page, stream)
-                self._held[held] = [self._bytes_of(device, page) for page in run.pages]
-            yield self._held[held]
+        if self._pagers[device].resident_limit is not None:
+            with self._pinned(device, run.pages, dirty=True) as memory:
+                yield memory
             return
-        taken: list[int] = []
-        memory: list[Tensor] = []
-        try:
+        self._settle()
+        held = device, run.pages
+        if held not in self._held:  # pinned once: they stay where they are until evict()
+            self._unsettled = True
             for page in run.pages:
-                pager.pin(page, stream)
-                taken.append(page)
-            memory = [self._bytes_of(device, page) for page in run.pages]
-            yield memory
-        finally:
-            memory.clear()  # a view that is left keeps its page pinned
-            for page in taken:
-                pager.unpin(page, True, stream)
+                self._pagers[device].pin(page, _stream(device))
+            self._held[held] = [self._bytes_of(device, page) for page in run.pages]
+            self._unsettled = False
+        yield self._held[held]
 
     def prefetch(self, following: Sequence[Run]) -> None:
         """Begins to bring in the first of the runs that follow."""
@@ -238,10 +250,10 @@ class PagedState:
 
     def stats(self) -> dict[str, float]:
         """The sums of all pagers' statistics."""
-        total: dict[str, float] = {}
+        total: dict[str, float] = dict.fromkeys(STATISTICS, 0)
         for pager in self._pagers.values():
             for name, value in pager.stats().items():
-                total[name] = total.get(name, 0) + value
+                total[name] += value
         return total
 
     def close(self) -> None:
@@ -254,11 +266,28 @@ class PagedState:
 
     def _release(self) -> None:
         """Unpins the pages of runs that were pinned once."""
+        self._settle()
+        self._unsettled = True
         for (device, pages), memory in self._held.items():
             memory.clear()
             for page in pages:
                 self._pagers[device].unpin(page, True, _stream(device))
         self._held.clear()
+        self._unsettled = False
+
+    def _settle(self) -> None:
+        """Unpins every page, where it is not known which are pinned."""
+        if not self._unsettled:
+            return
+        self._held.clear()
+        for device, pager in self._pagers.items():
+            for page, _, pins, _, _ in pager.pages():
+                for _ in range(pins):
+                    try:
+                        pager.unpin(page, True, _stream(device))
+                    except RuntimeError:  # the pins that are left are those of views
+                        break
+        self._unsettled = False
 
     # ---- pages ---------------------------------------------------------------------------------------------
 
@@ -314,13 +343,30 @@ class PagedState:
     @contextmanager
     def _piece(self, arena: Arena, piece: Piece, dirty: bool) -> Iterator[Tensor]:
         """The bytes of one piece."""
-        pager, stream = self._pagers[arena.device], _stream(arena.device)
-        pager.pin(piece.page, stream)
+        with self._pinned(arena.device, (piece.page,), dirty) as memory:
+            yield memory[0][piece.offset : piece.offset + self._bytes(arena, piece.count)]
+
+    @contextmanager
+    def _pinned(self, device: torch.device, pages: Sequence[int], dirty: bool) -> Iterator[list[Tensor]]:
+        """The bytes of pages that are pinned meanwhile."""
+        pager, stream = self._pagers[device], _stream(device)
+        self._settle()
+        self._unsettled = True
+        taken: list[int] = []
+        memory: list[Tensor] = []
         try:
-            memory = self._bytes_of(arena.device, piece.page)
-            yield memory[piece.offset : piece.offset + self._bytes(arena, piece.count)]
+            for page in pages:
+                pager.pin(page, stream)
+                taken.append(page)
+            self._unsettled = False
+            memory = [self._bytes_of(device, page) for page in pages]
+            yield memory
         finally:
-            pager.unpin(piece.page, dirty, stream)
+            unsettled, self._unsettled = self._unsettled, True
+            memory.clear()  # a view that is left keeps its page pinned
+            for page in taken:
+                pager.unpin(page, dirty, stream)
+            self._unsettled = unsettled
 
 
 def _stream(device: torch.device) -> int:

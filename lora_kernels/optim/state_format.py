@@ -15,6 +15,8 @@ __all__ = ["entry_of", "flattened", "step_of", "values_of"]
 # bitsandbytes hides what has not the parameter's shape in a dictionary of this name.
 NESTED = "__bnb_optimizer_quant_state__"
 
+MOST_STEPS = 2**31 - 1  # the kernels' numbers of steps are int32
+
 
 def flattened(entry: Mapping[str, Any]) -> dict[str, Any]:
     """A parameter's entry without bitsandbytes' inner dictionary."""
@@ -22,7 +24,11 @@ def flattened(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def step_of(entry: Mapping[str, Any]) -> int:
-    return int(entry.get("step", 0))
+    """The number of a parameter's last step. Raises ValueError where the next one cannot be counted."""
+    step = float(entry.get("step", 0))
+    if not 0 <= step < MOST_STEPS:
+        raise ValueError(f"state_dict: step is {step:g}, expected 0 to 2^31 - 2")
+    return int(step)
 
 
 def entry_of(
@@ -69,7 +75,8 @@ def values_of(
         given = entry.get(name, entry.get(f"state{i}"))
         if not isinstance(given, Tensor):
             raise ValueError(f"state_dict: a parameter of shape {shape} has neither {name} nor state{i}")
-        if given.numel() != parameter.numel():
+        # A flat one is taken; another shape of as many elements is another parameter's.
+        if tuple(given.shape) not in (shape, (parameter.numel(),)):
             raise ValueError(f"state_dict: {name} has shape {tuple(given.shape)}, expected {shape}")
         flat = local_part(given.reshape(shape) if given.shape != parameter.shape else given, parameter)
         flat = flat.to(local.device).reshape(-1)
@@ -93,7 +100,12 @@ def values_of(
         else:
             values[name] = dequantize_blockwise(flat, scales.to(flat.device), signed=i == 1)
     if "compensation" in entry:
-        values["compensation"] = local_part(entry["compensation"], parameter).reshape(-1)
+        compensation = entry["compensation"]
+        if compensation.numel() != parameter.numel():
+            raise ValueError(
+                f"state_dict: compensation has shape {tuple(compensation.shape)}, expected {shape}"
+            )
+        values["compensation"] = local_part(compensation, parameter).reshape(-1)
     return values
 
 

@@ -330,7 +330,7 @@ def test_memory_is_given_back():
     train(optimizer, gradients(1))
     pager = next(iter(optimizer._paged_state._pagers.values()))
     optimizer.close()
-    assert pager.closed and optimizer.stats() == {} and not optimizer.state
+    assert pager.closed and not any(optimizer.stats().values()) and not optimizer.state
     train(optimizer, gradients(1))  # starts anew
     assert optimizer.state_dict()["state"][0]["step"] == 1
     del optimizer, pager
@@ -357,6 +357,19 @@ def test_memory_is_given_back():
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         lk.optim.PagedAdamW(parameters(), **options)
+
+
+@pytest.mark.parametrize("name", ["resident_bytes", "page_bytes", "min_8bit_size", "seed"])
+def test_a_number_of_bytes_that_is_no_integer_is_named(name):
+    with pytest.raises(TypeError, match=f"{name} is 1000000.0, expected an integer"):
+        lk.optim.PagedAdamW(parameters(), **{name: 1e6})
+
+
+def test_statistics_are_zero_before_the_first_step(tmp_path):
+    optimizer = lk.optim.PagedAdamW(parameters(), resident_bytes=1, directory=tmp_path)
+    before = optimizer.stats()
+    train(optimizer, gradients(1))
+    assert set(before) == set(optimizer.stats()) and not any(before.values())
 
 
 def test_bad_options_of_a_group_are_named():

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import math
 
 import bitsandbytes as bnb
 import pytest
@@ -120,6 +121,11 @@ def broken(state: dict, **changes) -> dict:
         (32, {"exp_avg": None}, "has neither exp_avg nor state1"),
         (32, {"exp_avg_sq": torch.zeros(3)}, r"exp_avg_sq has shape \(3,\), expected \(16, 1024\)"),
         (32, {"max_exp_avg_sq": torch.zeros(16, 1024)}, "amsgrad=True"),
+        (32, {"exp_avg": torch.zeros(1024, 16)}, r"exp_avg has shape \(1024, 16\), expected \(16, 1024\)"),
+        (32, {"step": torch.tensor(-5.0)}, r"step is -5, expected 0 to 2\^31 - 2"),
+        (32, {"step": math.nan}, "step is nan"),
+        (32, {"step": 2**31}, "step is 2.14748e"),
+        (32, {"compensation": torch.zeros(3)}, r"compensation has shape \(3,\), expected \(16, 1024\)"),
         (8, {"absmax1": None}, "state1 has 8 bits, but there is no absmax1"),
         (8, {"absmax2": torch.zeros(8)}, "absmax2 has 8 elements, expected 64, one for each block of 256"),
         (8, {"qmap1": torch.linspace(-1, 1, 256)}, "qmap1 is not bitsandbytes' dynamic map"),
@@ -150,6 +156,27 @@ def test_other_groups_and_options_are_refused():
     state["param_groups"][0]["maximize"] = True
     with pytest.raises(ValueError, match="maximize=True, which PagedAdamW does not have"):
         optimizer.load_state_dict(state)
+
+
+def test_hooks_see_and_change_whole_files():
+    optimizer = lk.optim.PagedAdamW(parameters())
+    train(optimizer, gradients(2))
+    seen = []
+
+    def doubled(_, state):
+        seen.append(set(state["state"][0]))
+        return {**state, "state": {k: {**v, "step": v["step"] * 2} for k, v in state["state"].items()}}
+
+    optimizer.register_state_dict_post_hook(doubled)
+    state = optimizer.state_dict()
+    assert seen == [{"step", "exp_avg", "exp_avg_sq"}] and state["state"][0]["step"] == 4
+
+    other = lk.optim.PagedAdamW(parameters())
+    other.register_load_state_dict_pre_hook(lambda _, given: doubled(_, given))
+    other.register_load_state_dict_post_hook(lambda o: seen.append(o.state_dict()["state"][0]["step"]))
+    other.load_state_dict(state)
+    assert seen[-1] == 8 and other.state_dict()["state"][0]["step"] == 8
+    assert torch.equal(other.state_dict()["state"][0]["exp_avg"], state["state"][0]["exp_avg"])
 
 
 def test_a_load_that_fails_half_way_leaves_the_optimizer_whole(monkeypatch, tmp_path):
