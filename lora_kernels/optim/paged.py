@@ -43,7 +43,7 @@ class PagedOptimizer(torch.optim.Optimizer):
         resident_bytes: how much state may be in each device's memory at once. None: on a GPU what a pass
             needs (8 pages), on a CPU everything. Rounded up to whole pages, 2 at least.
         page_bytes: a power of two, at least 64 KiB. None: 2 MiB, less where the budget has no room for 8 of
-            them.
+            them or the groups have less state. A group's state shares no page with another's.
         directory: of the backing file of a CPU's pages; None: the system's folder for temporary files. The
             file has no name: nothing is left, whatever ends the process.
         seed: of stochastic rounding.
@@ -89,7 +89,7 @@ class PagedOptimizer(torch.optim.Optimizer):
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed is {seed}, expected an integer from 0 to 2^63 - 1")
         self._settings = {
-            "page_bytes": page_bytes or _page_bytes(resident_bytes),
+            "page_bytes": page_bytes or PAGE_BYTES,
             "resident_bytes": resident_bytes,
             "directory": None if directory is None else str(directory),
             "rounding": rounding,
@@ -99,6 +99,10 @@ class PagedOptimizer(torch.optim.Optimizer):
         self._rounding, self._min_8bit_size, self._seed = rounding, min_8bit_size, seed
         self._reset()
         super().__init__(params, defaults)
+        if page_bytes is None:
+            elements = sum(p.numel() for p in _parameters(self.param_groups)) // len(self.param_groups)
+            self._settings["page_bytes"] = _page_bytes(resident_bytes, 4 * len(states) * elements)
+            self._reset()
 
     def _reset(self) -> None:
         self._paged_state = PagedState(**self._settings)
@@ -398,8 +402,12 @@ _SETTINGS = (
 )
 
 
-def _page_bytes(resident_bytes: int | None) -> int:
-    page_bytes = PAGE_BYTES
+def _page_bytes(resident_bytes: int | None, group_bytes: int) -> int:
+    """The size of pages, where none is asked for: small ones for a small budget, and for groups of little
+    state, each of which has pages of its own."""
+    page_bytes = LEAST_PAGE_BYTES
+    while page_bytes < min(PAGE_BYTES, group_bytes):
+        page_bytes *= 2
     while resident_bytes is not None and page_bytes > max(
         LEAST_PAGE_BYTES, resident_bytes // PAGES_OF_A_BUDGET
     ):

@@ -412,3 +412,19 @@ def test_flat_states_of_16_bit_parameters_keep_small_updates():
     assert moved["nearest"] == 0
     assert moved["kahan"] == pytest.approx(expected, rel=0.02)
     assert moved["stochastic"] == pytest.approx(expected, rel=0.05)
+
+
+def test_pages_are_as_large_as_the_state_asks_for():
+    """Every group has pages of its own: hundreds of small groups must not take 2 MiB each."""
+    groups = [{"params": [nn.Parameter(torch.zeros(16))]} for _ in range(300)]
+    small = lk.optim.PagedAdamW(groups)
+    large = lk.optim.PagedAdamW([nn.Parameter(torch.zeros(1 << 20))])
+    tight = lk.optim.PagedAdamW([nn.Parameter(torch.zeros(1 << 20))], resident_bytes=1 << 20)
+    for optimizer, page in ((small, 64 << 10), (large, 2 << 20), (tight, 128 << 10)):
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = torch.ones_like(p)
+        optimizer.step()
+        stats = optimizer.stats()
+        assert stats["resident_bytes"] <= stats["pages"] * page and stats["resident_bytes"] % page == 0
+    assert small.stats()["pages"] == 300
