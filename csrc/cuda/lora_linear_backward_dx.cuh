@@ -161,8 +161,7 @@ struct Kernel {
       const Shared<const float> mine = stage_scales + (strip / 2 * kStageRows + rows);
       multiply(shared, weights, weights + S::kWeightBytes, mine, rows, strip, lane, acc);
     }
-    ptx::cp_async_wait<0>();
-    __syncthreads();  // everything in shared memory has been read
+    __syncthreads();  // everything in shared memory has been read; the copies on their way are empty
     join(shared, acc, group, strip, lane);
     if (p.slices == 1) {
       if (group == 0) store(p, acc, token0, column, lane);

@@ -260,6 +260,13 @@ MASKS = (
 JUSTIFIED = {
     "lora_dropout.cu #0: 'if (i >= p.n) return;'": "the loops over single elements do nothing, "
     "and it saves ten rounds",
+    **dict.fromkeys(
+        (
+            f"lora_shrink.cu #0: 'if (tile.count == 0 || ranks == 0) return;' -> 'if ({left}) return;'"
+            for left in ("ranks == 0", "tile.count == 0")
+        ),
+        "a tile without rows or ranks copies and stores nothing, and what it would cost is saved",
+    ),
 }
 
 
