@@ -152,7 +152,6 @@ struct Kernel {
       }
       if (rows_wanted) put_rows(p, row_sums, strip, adapter, first, count, first_rank, ranks, warp, lane);
     }
-    ptx::cp_async_wait<0>();
     put_columns(p, sums, ones, span, chunk, col0, col_end, ranks, warp, lane);
   }
 

@@ -1,5 +1,6 @@
 """DDP, FSDP2, DCP, Accelerate and the Hugging Face Trainer with paged optimizers."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ def run(kind: str, folder: Path, bits: int, processes: int = 2) -> dict[str, tor
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            cwd=Path(__file__).parents[2],
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         )
         for rank in range(processes)
     ]

@@ -267,6 +267,10 @@ JUSTIFIED = {
         ),
         "a tile without rows or ranks copies and stores nothing, and what it would cost is saved",
     ),
+    "lora_expand.cu #0: 'if (tile.count == 0) return;'": "likewise",
+    "lora_expand.cu #0: 'if (first + 16 * s >= rank) break;'": "ranks behind the last are zeros in both",
+    "lora_expand.cu #0: 'masked && p.columns % 4 == 0' -> 'masked'": "what is drawn for nothing is replaced",
+    "dropout.cuh #0: 'if (shift != 0) bits =' -> 'bits ='": "bits 8 to 11 are cut off; it saves ten rounds",
 }
 
 

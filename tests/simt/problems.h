@@ -361,7 +361,7 @@ struct Adapters {
         order(sorted ? rows : 0),
         begins(sorted ? rank.size() + 1 : 0) {
     for (auto& r : rank) {
-      r = between(rng, rng() % 4 == 0 && sorted ? 0 : 1, rng() % 3 == 0 ? 70 : 18);
+      r = between(rng, rng() % 4 == 0 && sorted ? 0 : 1, rng() % 6 == 0 ? 130 : 18);
       scaling.push_back(0.25 + static_cast<double>(rng() % 8) / 4);
       most = std::max(most, r);
     }
