@@ -453,7 +453,8 @@ inline void shrink(Rng& rng) {
     h.use("h", Use::inout), counters.use("counters", Use::inout), workspace.use("workspace", Use::output);
     std::vector<lk_adapter> views;
     for (int64_t a = 0; a < count; ++a) {
-      views.push_back({A[a].use("lora_A", Use::input), {}, adapters.rank[a], adapters.scaling[a], mask.p, mask.view()});
+      views.push_back(
+          {A[a].use("lora_A", Use::input), {}, adapters.rank[a], adapters.scaling[a], mask.p, mask.view()});
     }
     const lk_rows rows = adapters.view();
     check_status(lk_cuda_lora_shrink(&from, k, &rows, views.data(), h.get(), stride, workspace.get(),
@@ -626,8 +627,8 @@ inline void backward_dx(Rng& rng) {
     const lk_nf4_weight weight = nf4 ? w.view() : lk_nf4_weight{};
     const lk_base_weight base = {nf4 ? &weight : nullptr, dense.use("weight", Use::input), n, k};
     const lk_adapter adapter = {A.use("lora_A", Use::input), {}, rank, 1, mask.p, mask.view()};
-    check_status(lk_cuda_lora_linear_backward_dx(&from, tokens, &base, &adapter, low.data, g.stride,
-                                                 dx.get(), workspace.get(), counters.get(), nullptr));
+    check_status(lk_cuda_lora_linear_backward_dx(&from, tokens, &base, &adapter, low.data, g.stride, dx.get(),
+                                                 workspace.get(), counters.get(), nullptr));
     simt::check_outputs_written();
     for (int64_t t = 0; t < tokens; ++t) {
       for (int64_t c = 0; c < k; ++c) {
