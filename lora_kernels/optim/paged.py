@@ -1,6 +1,7 @@
 """Optimizers whose state lives in pages: packed, resident up to a budget, the rest in a file or in host
 memory."""
 
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ class PagedOptimizer(torch.optim.Optimizer):
         seed: int,
         paged: bool = True,
     ) -> None:
+        _check_hyperparameters(defaults)
         for name, number in (
             ("resident_bytes", resident_bytes),
             ("page_bytes", page_bytes),
@@ -111,6 +113,10 @@ class PagedOptimizer(torch.optim.Optimizer):
         self._sharded = False  # whether a parameter is a DTensor
         self._tick = 0  # of the pages: the last whole step of the optimizer
         self._pending: dict[Tensor, int] | None = None  # of a step that has begun: each parameter's number
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        _check_hyperparameters({**self.defaults, **param_group})
+        super().add_param_group(param_group)
 
     # ---- the step ------------------------------------------------------------------------------------------
 
@@ -158,7 +164,7 @@ class PagedOptimizer(torch.optim.Optimizer):
         steps: dict[Tensor, int] = {}
         number = -1
         for index, group in enumerate(self.param_groups):
-            self._check_group(group)
+            _check_hyperparameters(group)
             for p in group["params"]:
                 number += 1
                 if p.grad is None:
@@ -254,10 +260,6 @@ class PagedOptimizer(torch.optim.Optimizer):
         self._counts.copy_(torch.tensor(list(self._steps.values())))
         self._tick += 1
         self._pending = None
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        """Raises ValueError naming the hyperparameter that cannot be."""
-        raise NotImplementedError
 
     def _hyperparameters(self, group: dict[str, Any]) -> tuple[float, ...]:
         """What the kernel takes, in its order: lr, beta1, beta2, eps where it has one, weight_decay."""
@@ -400,6 +402,20 @@ class PagedOptimizer(torch.optim.Optimizer):
 _SETTINGS = (
     *("_settings", "_ops", "_states", "_state_bits", "_rounding", "_min_8bit_size", "_seed", "_tick"),
 )
+
+
+def _check_hyperparameters(group: dict[str, Any]) -> None:
+    """Raises ValueError naming the hyperparameter that cannot be."""
+    lr, betas, decay = float(group["lr"]), group["betas"], group["weight_decay"]
+    if not (math.isfinite(lr) and lr >= 0):
+        raise ValueError(f"lr is {lr}, expected a number >= 0")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas is {betas}, expected two numbers in [0, 1)")
+    if not (math.isfinite(decay) and decay >= 0):
+        raise ValueError(f"weight_decay is {decay}, expected a number >= 0")
+    eps = group.get("eps", 1.0)
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"eps is {eps}, expected a number >= 0")
 
 
 def _page_bytes(resident_bytes: int | None, group_bytes: int) -> int:

@@ -1,6 +1,5 @@
 """AdamW with paged state."""
 
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -8,20 +7,6 @@ from typing import Any
 from lora_kernels.optim.paged import MIN_8BIT_SIZE, PagedOptimizer
 
 __all__ = ["AdamW", "PagedAdamW", "PagedAdamW8bit"]
-
-
-def check_hyperparameters(group: dict[str, Any]) -> None:
-    """Raises ValueError naming the one that cannot be."""
-    lr, betas, decay = float(group["lr"]), group["betas"], group["weight_decay"]
-    if not (math.isfinite(lr) and lr >= 0):
-        raise ValueError(f"lr is {lr}, expected a number >= 0")
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas is {betas}, expected two numbers in [0, 1)")
-    if not (math.isfinite(decay) and decay >= 0):
-        raise ValueError(f"weight_decay is {decay}, expected a number >= 0")
-    eps = group.get("eps", 1.0)
-    if not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(f"eps is {eps}, expected a number >= 0")
 
 
 class PagedAdamW(PagedOptimizer):
@@ -64,7 +49,6 @@ class PagedAdamW(PagedOptimizer):
         _paged: bool = True,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        check_hyperparameters(defaults)
         super().__init__(
             params,
             defaults,
@@ -79,13 +63,6 @@ class PagedAdamW(PagedOptimizer):
             seed=seed,
             paged=_paged,
         )
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        check_hyperparameters({**self.defaults, **param_group})
-        super().add_param_group(param_group)
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        check_hyperparameters(group)
 
     def _hyperparameters(self, group: dict[str, Any]) -> tuple[float, ...]:
         beta1, beta2 = group["betas"]

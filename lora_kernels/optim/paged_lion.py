@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from lora_kernels.optim.paged import MIN_8BIT_SIZE, PagedOptimizer
-from lora_kernels.optim.paged_adamw import check_hyperparameters
 
 __all__ = ["PagedLion", "PagedLion8bit"]
 
@@ -39,7 +38,6 @@ class PagedLion(PagedOptimizer):
         seed: int = 0,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
-        check_hyperparameters(defaults)
         super().__init__(
             params,
             defaults,
@@ -53,13 +51,6 @@ class PagedLion(PagedOptimizer):
             min_8bit_size=min_8bit_size,
             seed=seed,
         )
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        check_hyperparameters({**self.defaults, **param_group})
-        super().add_param_group(param_group)
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        check_hyperparameters(group)
 
     def _hyperparameters(self, group: dict[str, Any]) -> tuple[float, ...]:
         beta1, beta2 = group["betas"]

@@ -129,10 +129,6 @@ class PagedState:
             )
         return (arena.device, arena.group, arena.dtype) == (local.device, group, local.dtype)
 
-    def op_of(self, parameter: Tensor) -> str:
-        """The kernel that updates a parameter that is in it."""
-        return self._homes[parameter][0].op
-
     def place(self, parameter: Tensor, local: Tensor, op: str, group: int, number: int) -> None:
         """Makes room for the state of a parameter, zeros, in as few pages as there are.
 
