@@ -61,6 +61,15 @@ class Job:
     ):
         self.calls, self.check, self.limit, self.set_bytes, self.work = calls, check, limit, set_bytes, work
 
+    def checked(self, what: str, device: torch.device) -> dict[str, object]:
+        """Its error, its size and the memory of a call, for a row. Raises where the result is wrong."""
+        return {
+            "error": problem.assert_error(self.check(), self.limit, what),
+            "sets": len(self.calls),
+            "rotated_bytes": self.set_bytes * len(self.calls),
+            "peak_bytes": timing.peak_bytes(self.calls[0], device),
+        }
+
 
 class Baseline:
     name = "baseline"  # of its files
@@ -148,9 +157,7 @@ class Baseline:
         self.record["results"].append(row)
         try:
             job = make()
-            row["error"] = problem.assert_error(job.check(), job.limit, what)
-            row.update(sets=len(job.calls), rotated_bytes=job.set_bytes * len(job.calls))
-            row["peak_bytes"] = timing.peak_bytes(job.calls[0], self.device)
+            row.update(job.checked(what, self.device))
             row["eager"] = timing.wall_times(job.calls, self.device, 0.0, self.sample_budget_s)
             if self.on_gpu:
                 try:

@@ -34,9 +34,7 @@ class Interleaved(Baseline):
                 self.record["results"].append(row)
                 try:
                     job = make()
-                    row["error"] = problem.assert_error(job.check(), job.limit, what)
-                    row.update(sets=len(job.calls), rotated_bytes=job.set_bytes * len(job.calls))
-                    row["peak_bytes"] = timing.peak_bytes(job.calls[0], self.device)
+                    row.update(job.checked(what, self.device))
                     ready[what] = job
                 except Exception as error:
                     row["failed"] = one_line(error)
