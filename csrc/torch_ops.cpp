@@ -113,18 +113,16 @@ static PyObject* select_cpu_isa(PyObject*, PyObject* name) {
   return PyLong_FromLong(status);
 }
 
-static PyObject* lora_linear_block_tokens(PyObject*, PyObject* in_features) {
-  const long long size = PyLong_AsLongLong(in_features);
-  if (size == -1 && PyErr_Occurred() != nullptr) return nullptr;
-  return PyLong_FromLongLong(lk_cpu_lora_linear_block_tokens(size));
-}
-
+// (tokens, dtype, in_features, blocksize; 0: dense) -> (kernel, tokens that share a decoding of W0)
 static PyObject* lora_linear_kernel(PyObject*, PyObject* args) {
-  long long tokens, in_features, blocksize;  // blocksize 0: dense
-  if (!PyArg_ParseTuple(args, "LLL", &tokens, &in_features, &blocksize)) return nullptr;
+  long long tokens, in_features, blocksize;
+  int dtype;
+  if (!PyArg_ParseTuple(args, "LiLL", &tokens, &dtype, &in_features, &blocksize)) return nullptr;
   const lk_nf4_weight nf4 = {nullptr, nullptr, nullptr, nullptr, blocksize};
-  const lk_base_weight base = {blocksize > 0 ? &nf4 : nullptr, {nullptr, LK_F32, 0}, 0, in_features};
-  return PyUnicode_FromString(lk_cpu_lora_linear_kernel(tokens, &base));
+  const lk_base_weight base = {blocksize > 0 ? &nf4 : nullptr, {nullptr, dtype, 0}, 0, in_features};
+  int64_t block;
+  const char* kernel = lk_cpu_lora_linear_kernel(tokens, dtype, &base, &block);
+  return Py_BuildValue("sL", kernel, static_cast<long long>(block));
 }
 
 static PyObject* lora_linear_workspace(PyObject*, PyObject* args) {
@@ -159,7 +157,6 @@ PyMODINIT_FUNC PyInit__C(void) {
   static PyMethodDef methods[] = {
       {"cpu_isa", cpu_isa, METH_NOARGS, nullptr},
       {"select_cpu_isa", select_cpu_isa, METH_O, nullptr},
-      {"lora_linear_block_tokens", lora_linear_block_tokens, METH_O, nullptr},
       {"lora_linear_kernel", lora_linear_kernel, METH_VARARGS, nullptr},
       {"lora_linear_workspace", lora_linear_workspace, METH_VARARGS, nullptr},
       {"lora_linear_backward_workspace", lora_linear_backward_workspace, METH_VARARGS, nullptr},
@@ -170,7 +167,6 @@ PyMODINIT_FUNC PyInit__C(void) {
   PyObject* module = PyModule_Create(&definition);
   if (module == nullptr) return nullptr;
   if (PyModule_AddStringConstant(module, "cpu_best_isa", lk_cpu_best_isa()) < 0 ||
-      PyModule_AddIntConstant(module, "cpu_fast_bf16", lk_cpu_fast_bf16()) < 0 ||
       PyModule_AddStringConstant(module, "cuda_archs", LK_CUDA_ARCHS) < 0 ||
       PyModule_AddStringConstant(module, "cuda_version", LK_CUDA_VERSION) < 0 ||
       PyModule_AddStringConstant(module, "torch_headers", LK_TORCH_HEADERS) < 0 ||

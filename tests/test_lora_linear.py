@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import INPUT_KINDS, LIMIT, assert_accurate, make_input, relative_error
-from variants import FUSED_ON_A_CPU, VARIANTS, variant
+from variants import FUSED_ON_A_CPU, ROUNDS_WEIGHTS, VARIANTS, variant
 
 import lora_kernels as lk
 from lora_kernels import panels, reference
@@ -165,6 +165,39 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(kernels):
         assert torch.equal(part, whole[rows])
 
 
+@pytest.mark.parametrize("nf4", [True, False])
+@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
+def test_every_edge_of_the_tiles_of_bf16_units(nf4, adapter_dtype, kernels):
+    """Counts beside a tile (16, 32), a panel (32), a span (128), a depth (512), a block of tokens (512)."""
+    for t, n, k, r in (
+        (6, 31, 544, 3),
+        (17, 33, 1056, 33),
+        (33, 129, 96, 16),
+        (129, 300, 544, 5),
+        (530, 48, 64, 8),
+    ):
+        check(
+            t,
+            n,
+            k,
+            r,
+            dtype=torch.bfloat16,
+            nf4=nf4,
+            adapter_dtype=adapter_dtype,
+            as_eager=kernels in ROUNDS_WEIGHTS,
+            draws=1 + 200 // t,
+        )
+
+
+def test_infinities_of_float32_adapters_do_not_become_numbers(kernels):
+    """Nor what is beside them: where the adapters are split into bf16 parts, inf - inf would be a NaN."""
+    case = Case(40, 32, 64, 4, torch.bfloat16, adapter_dtype=torch.float32)
+    case.B[5, 0] = float("inf")
+    y = lk.lora_linear(case.x, case.weight, case.A, case.B, bias=case.bias)
+    wrong = ~torch.isfinite(y)
+    assert bool(wrong[:, 5].all()) and not bool(wrong[:, :5].any()) and not bool(wrong[:, 6:].any())
+
+
 @pytest.mark.parametrize("offset", [1, 3])
 def test_unaligned_tensors(offset, kernels):
     """Views that start anywhere in memory, with rows of any stride."""
@@ -200,7 +233,7 @@ def test_dense_base(dtype, kernels):
 def test_long_inner_dimensions(dtype, kind, kernels):
     """K = 14336 and, for dx, N = 14336: several panels and slabs, and sums long enough to show a bias."""
     for shape in ((64, 80, 14336, 8), (64, 14336, 80, 8)):
-        check(*shape, dtype=dtype, kind=kind, as_eager=kernels == "cpu-panels")
+        check(*shape, dtype=dtype, kind=kind, as_eager=kernels in ROUNDS_WEIGHTS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

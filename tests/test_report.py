@@ -56,6 +56,9 @@ def test_explain_names_backend_kernel_and_workspace(quantize):
         with variant("cpu-avx512"):
             assert "C++ few_tokens (avx512)" in lk.explain(layer, tokens=4)
             assert "C++ gemm (avx512)" in lk.explain(layer, tokens=5)
+    if "avx512bf16" in CPU_ISAS:
+        with variant("cpu-avx512bf16"):
+            assert "C++ gemm_bf16 (avx512bf16): blocks of up to 512" in lk.explain(layer, tokens=5)
     with lk.use_backend("reference"):
         assert "backend: reference" in lk.explain(layer.base_weight(), 1, torch.float32)
 

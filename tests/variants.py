@@ -16,6 +16,8 @@ from lora_kernels.backends.native import CPU_ISAS, cpu_isa, select_cpu_isa
 KERNELS = (*(f"cpu-{isa}" for isa in CPU_ISAS), "cpu-panels", "simt-80", "simt-90")
 VARIANTS = ("reference", *KERNELS)
 FUSED_ON_A_CPU = tuple(f"cpu-{isa}" for isa in CPU_ISAS)
+# Those that multiply bf16 weights, as eager does: decoded values rounded to bf16.
+ROUNDS_WEIGHTS = ("cpu-panels", "cpu-avx512bf16", "cpu-amx")
 
 
 @contextlib.contextmanager

@@ -1,49 +1,15 @@
 #include "gemm.h"
 
 #include <algorithm>
-#include <memory>
 
 #include "convert.h"
 #include "isa.h"
 #include "nf4_decode.h"
 #include "parallel.h"
+#include "scratch.h"
 
 namespace lk::cpu {
 namespace {
-
-// Work that is worth waking another thread for, in multiplications.
-constexpr int64_t kTaskWork = 1 << 18;
-
-// A thread's panel P, its sums and its scales: kept for the life of the thread, grown to the largest use.
-struct Scratch {
-  std::unique_ptr<float[]> storage;
-  size_t size = 0;
-
-  float* get(size_t floats) {
-    if (floats > size) {
-      storage.reset(new float[floats + 16]);
-      size = floats;
-    }
-    const auto address = reinterpret_cast<uintptr_t>(storage.get());
-    return storage.get() + (64 - address % 64) % 64 / sizeof(float);
-  }
-};
-
-Scratch& scratch() {
-  thread_local Scratch mine;
-  return mine;
-}
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// The scales of a panel's rows, [kPanel][blocks per row], or null where the decoder finds them itself.
-const float* panel_scales(const Right& right, int64_t output, int64_t width, float* to) {
-  const Matrix& m = right.matrix;
-  if (m.nf4 == nullptr || !right.rows_are_outputs || !blocks_fit_rows(m)) return nullptr;
-  const int64_t blocks = m.cols / m.nf4->blocksize;
-  decode_scales(*m.nf4, output * blocks, width * blocks, to);
-  return to;
-}
 
 // One tile of dropout(matrix), by pieces of a row that stay in L1.
 void pack_dropped(const Matrix& m, int64_t row, int64_t tokens, int64_t inner, float scale,
@@ -64,6 +30,14 @@ void pack_dropped(const Matrix& m, int64_t row, int64_t tokens, int64_t inner, f
 }
 
 }  // namespace
+
+const float* panel_scales(const Right& right, int64_t output, int64_t width, float* to) {
+  const Matrix& m = right.matrix;
+  if (m.nf4 == nullptr || !right.rows_are_outputs || !blocks_fit_rows(m)) return nullptr;
+  const int64_t blocks = m.cols / m.nf4->blocksize;
+  decode_scales(*m.nf4, output * blocks, width * blocks, to);
+  return to;
+}
 
 const GemmKernels& gemm_kernels() {
 #if defined(__x86_64__)
@@ -124,7 +98,7 @@ void gemm(int64_t tokens, int64_t outputs, const Term* terms, int term_count, co
   const int64_t grain = std::max<int64_t>(1, kTaskWork / std::max<int64_t>(1, group_tokens * span * inner));
   const auto& kernels = gemm_kernels();
   parallel_for(spans * groups, grain, [&](int64_t begin, int64_t end) {
-    float* panels = scratch().get((kChunk + group_tokens) * span + scale_floats);
+    float* panels = scratch((kChunk + group_tokens) * span + scale_floats);
     float* sums = panels + kChunk * span;  // [panel][token][kPanel]
     float* scale_space = sums + group_tokens * span;
     for (int64_t task = begin; task < end; ++task) {

@@ -32,6 +32,10 @@ constexpr int64_t kShortSum = 32;
 // dimension. One at a time would fetch each line four times, from afar: rows that are a power of two apart
 // share few sets of a cache (dx, N = K = 4096, one token and thread: 3.5 ms against 2.9).
 constexpr int64_t kGroup = 4;
+// Work that is worth waking another thread for, in multiplications.
+constexpr int64_t kTaskWork = 1 << 18;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A factor as it lies in memory: [rows, cols] of one dtype with unit column stride, or an NF4 weight.
 struct Matrix {
@@ -66,8 +70,8 @@ struct Output {
 
 // Tokens are cut into equal tiles of at most kTile: 16 of them into 8 + 8.
 inline int64_t tile_tokens(int64_t tokens) {
-  const int64_t tiles = (tokens + kTile - 1) / kTile;
-  return tiles == 0 ? 1 : (tokens + tiles - 1) / tiles;
+  const int64_t tiles = ceil_div(tokens, kTile);
+  return tiles == 0 ? 1 : ceil_div(tokens, tiles);
 }
 
 // Dropout of the left factor's elements: the flat index of (t, c) in the whole input is first + t*inner + c.
@@ -104,6 +108,9 @@ struct GemmKernels {
                 const float* sums);
 };
 const GemmKernels& gemm_kernels();
+
+// The scales of a panel's rows, [kPanel][blocks per row], or null where the decoder finds them itself.
+const float* panel_scales(const Right& right, int64_t output, int64_t width, float* to);
 
 namespace portable {
 extern const GemmKernels kGemm;

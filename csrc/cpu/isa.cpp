@@ -3,6 +3,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <atomic>
 #include <cstring>
@@ -12,20 +16,45 @@
 namespace lk::cpu {
 namespace {
 
-constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512bf16"};
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512bf16", "amx"};
 
-Isa best_supported() {
+#if defined(__x86_64__)
+// Whether the processor has AMX for bf16, the system saves its registers (XCR0 bits 17 and 18), and lets this
+// process use them, which Linux wants to be asked for.
+bool has_amx() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d >> 22 & 1) == 0 || (d >> 24 & 1) == 0) return false;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || (c >> 27 & 1) == 0) return false;
+  unsigned low, high;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  if ((low >> 17 & 3) != 3) return false;
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl(ARCH_REQ_XCOMP_PERM, ...)
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+Isa find_best() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-    return __builtin_cpu_supports("avx512bf16") ? Isa::avx512bf16 : Isa::avx512;
+    if (!__builtin_cpu_supports("avx512bf16")) return Isa::avx512;
+    return has_amx() ? Isa::amx : Isa::avx512bf16;
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
     return Isa::avx2;
   }
 #endif
   return Isa::portable;
+}
+
+Isa best_supported() {
+  static const Isa best = find_best();
+  return best;
 }
 
 // What a process starts with. vdpbf16ps does 64 operations and an fp32 FMA 32, but Intel's cores without AMX
@@ -38,18 +67,6 @@ Isa fastest() {
 #endif
   return best;
 }
-
-#if defined(__x86_64__)
-// Whether the processor has AMX for bf16 and the system saves its registers (XCR0 bits 17 and 18).
-bool has_amx_bf16() {
-  unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d >> 22 & 1) == 0) return false;
-  if (!__get_cpuid(1, &a, &b, &c, &d) || (c >> 27 & 1) == 0) return false;
-  unsigned low, high;
-  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  return (low >> 17 & 3) == 3;
-}
-#endif
 
 std::atomic<Isa>& chosen() {
   static std::atomic<Isa> value{fastest()};
@@ -66,15 +83,6 @@ extern "C" const char* lk_cpu_isa(void) { return lk::cpu::kNames[static_cast<int
 
 extern "C" const char* lk_cpu_best_isa(void) {
   return lk::cpu::kNames[static_cast<int>(lk::cpu::best_supported())];
-}
-
-extern "C" int lk_cpu_fast_bf16(void) {
-#if defined(__x86_64__)
-  using namespace lk::cpu;
-  return has_amx_bf16() || (best_supported() == Isa::avx512bf16 && fastest() == Isa::avx512bf16);
-#else
-  return 0;
-#endif
 }
 
 extern "C" int lk_cpu_select_isa(const char* name) {

@@ -7,7 +7,8 @@ namespace lk::cpu {
 //   avx2         AVX2, FMA, F16C
 //   avx512       AVX-512 F, BW, DQ, VL
 //   avx512bf16   avx512 and vdpbf16ps, which multiplies pairs of bf16
-enum class Isa { portable, avx2, avx512, avx512bf16 };
+//   amx          avx512bf16 and AMX tiles of bf16
+enum class Isa { portable, avx2, avx512, avx512bf16, amx };
 
 Isa isa();
 

@@ -2,12 +2,12 @@
 //
 // By blocks of tokens: x is packed once as fp32, h is one small product of it, and y is one product with two
 // terms, (x, W0) and (s'·h, B), whose fp32 sum gets the bias and is rounded once (gemm.h). So W0 is read and
-// decoded once for a block of tokens, and nothing is written but h and y.
+// decoded once for a block of tokens, and nothing is written but h and y. On bf16 units (gemm_bf16.h) x is
+// packed as it is, and s'·h and float32 adapters in bf16 parts.
 // Operations: 2·T·N·K, and 2·T·r·(N + K) for the adapter; bytes: W0 once (0.52 a weight in NF4), x, y and h.
 #include "lora_linear.h"
 
 #include "convert.h"
-#include "few_tokens.h"
 
 namespace lk::cpu {
 namespace {
@@ -15,7 +15,7 @@ namespace {
 int64_t packed_x(int64_t tokens, int64_t k) { return std::min(tokens, block_tokens(k)) * k; }
 
 void few(const Matrix& x, const Matrix& W, const lk_adapter& adapter, const Matrix& A, const Matrix& B,
-         void* h, const Output& y, Workspace space) {
+         void* h, Output y, Workspace space) {
   const int64_t tokens = x.rows, k = x.cols, r = adapter.rank;
   float *rows = space.take<float>(tokens * k), *planes = space.take<float>(tokens * k);
   float* low = space.take<float>(tokens * r);
@@ -30,6 +30,34 @@ void few(const Matrix& x, const Matrix& W, const lk_adapter& adapter, const Matr
   few_tokens_forward(tokens, rows, W, low, B, y, planes);
 }
 
+void bf16_units(const Matrix& x, const Matrix& W, const lk_adapter& adapter, const Matrix& A, const Matrix& B,
+                void* h, Output out, Workspace space) {
+  const int64_t k = x.cols, n = out.stride, r = adapter.rank, size = dtype_size(x.dtype);
+  const int64_t block = std::min(x.rows, block_tokens_bf16(k));
+  const float scale = static_cast<float>(adapter.scaling / (1 - adapter.dropout_p));
+  Bits* x_packed = space.take<Bits>(packed_bf16(block, k));
+  Bits* h_packed = space.take<Bits>(kLeftParts * packed_bf16(block, r));
+  char* y = static_cast<char*>(out.data);
+  for (int64_t t = 0; t < x.rows; t += block) {
+    const int64_t rows = std::min(block, x.rows - t);
+    const Matrix x_block = rows_of(x, t, rows);
+    Bf16Terms terms;
+    if (r > 0) {
+      const Matrix h_block{static_cast<char*>(h) + t * r * size, x.dtype, r, nullptr, rows, r};
+      pack_bf16(x_block, rows, k, 1, {adapter.dropout_p, adapter.rng, t * k}, 0, Layout::pairs, x_packed);
+      Bf16Terms down;
+      down.add(x_packed, 1, rows, k, {A, true});
+      gemm_bf16(rows, r, down.begin(), down.count(), {const_cast<void*>(h_block.data), x.dtype, r});
+      pack_bf16_parts(h_block, rows, r, scale, Layout::pairs, h_packed);
+      terms.add(h_packed, kLeftParts, rows, r, {B, true});
+    }
+    if (r == 0 || adapter.dropout_p > 0) pack_bf16(x_block, rows, k, 1, {}, 0, Layout::pairs, x_packed);
+    terms.add(x_packed, 1, rows, k, {W, true});
+    out.data = y + t * n * size;
+    gemm_bf16(rows, n, terms.begin(), terms.count(), out);
+  }
+}
+
 }  // namespace
 }  // namespace lk::cpu
 
@@ -37,15 +65,21 @@ extern "C" int64_t lk_cpu_lora_linear_workspace(int64_t tokens, int64_t in_featu
   using namespace lk::cpu;
   const int64_t block = std::min(tokens, block_tokens(in_features));
   const int64_t planes = tokens <= kFewTokens ? Workspace::bytes(4 * tokens * in_features) : 0;
-  return Workspace::bytes(4 * packed_x(tokens, in_features)) + planes + Workspace::bytes(4 * block * rank);
+  const int64_t fp32 =
+      Workspace::bytes(4 * packed_x(tokens, in_features)) + planes + Workspace::bytes(4 * block * rank);
+  const int64_t block_bf16 = std::min(tokens, block_tokens_bf16(in_features));
+  const int64_t bf16 = Workspace::bytes(2 * packed_bf16(block_bf16, in_features)) +
+                       Workspace::bytes(2 * kLeftParts * packed_bf16(block_bf16, rank));
+  return std::max(fp32, bf16);
 }
 
-extern "C" int64_t lk_cpu_lora_linear_block_tokens(int64_t in_features) {
-  return lk::cpu::block_tokens(in_features);
-}
-
-extern "C" const char* lk_cpu_lora_linear_kernel(int64_t tokens, const lk_base_weight* base) {
-  return lk::cpu::few_tokens(tokens, lk::cpu::base_matrix(*base)) ? "few_tokens" : "gemm";
+extern "C" const char* lk_cpu_lora_linear_kernel(int64_t tokens, int dtype, const lk_base_weight* base,
+                                                 int64_t* block_tokens) {
+  using namespace lk::cpu;
+  const Product product = product_for(tokens, dtype, *base);
+  *block_tokens = product == Product::gemm_bf16 ? block_tokens_bf16(base->in_features)
+                                                : lk::cpu::block_tokens(base->in_features);
+  return product == Product::few_tokens ? "few_tokens" : product == Product::gemm ? "gemm" : "gemm_bf16";
 }
 
 extern "C" int lk_cpu_lora_linear(const lk_matrix* x, int64_t tokens, const lk_base_weight* base,
@@ -61,10 +95,12 @@ extern "C" int lk_cpu_lora_linear(const lk_matrix* x, int64_t tokens, const lk_b
   const int64_t block = std::min(tokens, block_tokens(k)), size = dtype_size(x->dtype);
   const Matrix A = dense(adapter->lora_A, r, k), B = dense(adapter->lora_B, n, r), W = base_matrix(*base);
   Workspace space(workspace);
-  if (few_tokens(tokens, W)) {
-    Output out{y, x->dtype, n};
-    out.bias = bias->data, out.bias_dtype = bias->dtype;
-    few(dense(*x, tokens, k), W, *adapter, A, B, h, out, space);
+  Output out{y, x->dtype, n};
+  out.bias = bias->data, out.bias_dtype = bias->dtype;
+  const Product product = product_for(tokens, x->dtype, *base);
+  if (product != Product::gemm) {
+    const auto run = product == Product::few_tokens ? few : bf16_units;
+    run(dense(*x, tokens, k), W, *adapter, A, B, h, out, space);
     return LK_OK;
   }
   float* x_packed = space.take<float>(packed_x(tokens, k));
@@ -83,8 +119,7 @@ extern "C" int lk_cpu_lora_linear(const lk_matrix* x, int64_t tokens, const lk_b
       pack(h_block, rows, r, scale, {}, h_packed);
     }
     if (r == 0 || adapter->dropout_p > 0) pack(x_block, rows, k, 1, {}, x_packed);
-    Output out{static_cast<char*>(y) + t * n * size, x->dtype, n};
-    out.bias = bias->data, out.bias_dtype = bias->dtype;
+    out.data = static_cast<char*>(y) + t * n * size;
     gemm(rows, n, terms, r > 0 ? 2 : 1, out);
   }
   return LK_OK;

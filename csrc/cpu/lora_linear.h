@@ -2,7 +2,8 @@
 #pragma once
 #include <algorithm>
 
-#include "gemm.h"
+#include "few_tokens.h"
+#include "gemm_bf16.h"
 
 namespace lk::cpu {
 
@@ -11,6 +12,12 @@ namespace lk::cpu {
 inline int64_t block_tokens(int64_t inner) {
   const int64_t fit = (int64_t{8} << 20) / (4 * std::max<int64_t>(inner, 1));
   return std::clamp<int64_t>(fit / kTile * kTile, 4 * kTile, 32 * kTile);
+}
+
+// The same of gemm_bf16: as many as share one decoding of W0 there.
+inline int64_t block_tokens_bf16(int64_t inner) {
+  const int64_t fit = (int64_t{8} << 20) / (2 * std::max<int64_t>(inner, 1));
+  return std::clamp<int64_t>(fit / kMultiplyTokens * kMultiplyTokens, 4 * kMultiplyTokens, kMostTokens);
 }
 
 inline int64_t dtype_size(int dtype) { return dtype == LK_F32 ? 4 : 2; }
@@ -24,6 +31,15 @@ inline Matrix dense(const lk_matrix& m, int64_t rows, int64_t cols) {
 inline Matrix base_matrix(const lk_base_weight& base) {
   return {base.dense.data, base.dense.dtype,  base.dense.stride,
           base.nf4,        base.out_features, base.in_features};
+}
+
+// The kernels that a product of lora_linear or its backward takes.
+enum class Product { few_tokens, gemm, gemm_bf16 };
+
+inline Product product_for(int64_t tokens, int dtype, const lk_base_weight& base) {
+  if (few_tokens(tokens, base_matrix(base))) return Product::few_tokens;
+  const bool bf16 = dtype == LK_BF16 && (base.nf4 != nullptr || base.dense.dtype == LK_BF16);
+  return bf16 && has_bf16_units() ? Product::gemm_bf16 : Product::gemm;
 }
 
 // Rows [first, first + rows).

@@ -8,7 +8,6 @@
 // Operations: 2·T·N·K for dx, 2·T·r·(2K + 2N) for the rest; bytes: W0 once a block, dy, x, h, dx.
 #include <cstring>
 
-#include "few_tokens.h"
 #include "half.h"
 #include "lora_linear.h"
 #include "parallel.h"
@@ -74,18 +73,99 @@ void few(const Matrix& dy, const Matrix& x, const Matrix& h, const Matrix& W, co
   }
 }
 
+// A block of tokens of the backward: what g and dx are made of, and where they go.
+struct Block {
+  Matrix dy;      // [rows, N]
+  int64_t first;  // token
+  const lk_adapter& adapter;
+  Matrix W, A, B;
+  float scale;  // s'
+  float* g;     // [rows, r], null where it is not needed
+  void* dx;     // [rows, K], likewise
+};
+
+// dx = m⊙(g·A) + dy·W0 of products that `low`, `full` and `both` compute into an output.
+template <class Low, class Full, class Both>
+void add_up(const Block& block, const Low& low, const Full& full, const Both& both) {
+  const int64_t k = block.W.cols;
+  Output out{block.dx, block.dy.dtype, k};
+  if (block.adapter.rank == 0) {
+    full(out);
+  } else if (block.adapter.dropout_p > 0) {
+    low(out);
+    drop_rows({block.dx, block.dy.dtype, k, nullptr, block.dy.rows, k}, block.adapter, block.first * k,
+              block.dx);
+    out.accumulate = true;
+    full(out);
+  } else {
+    both(out);
+  }
+}
+
+void fp32_products(const Block& block, Workspace space) {
+  const int64_t rows = block.dy.rows, n = block.dy.cols, k = block.W.cols, r = block.adapter.rank;
+  float* dy_packed = space.take<float>(rows * n);
+  float* g_packed = space.take<float>(rows * r);
+  pack(block.dy, rows, n, 1, {}, dy_packed);
+  if (block.g != nullptr) {
+    const Term up{dy_packed, n, {block.B, false}};
+    Output out{block.g, LK_F32, r};
+    out.scale = block.scale;
+    gemm(rows, r, &up, 1, out);
+  }
+  if (block.dx == nullptr) return;
+  if (r > 0) pack({block.g, LK_F32, r, nullptr, rows, r}, rows, r, 1, {}, g_packed);
+  const Term terms[2] = {{g_packed, r, {block.A, false}}, {dy_packed, n, {block.W, false}}};
+  const auto product = [&](int first, int count) {
+    return [=, &terms](const Output& out) { gemm(rows, k, terms + first, count, out); };
+  };
+  add_up(block, product(0, 1), product(1, 1), product(0, 2));
+}
+
+void bf16_products(const Block& block, Workspace space) {
+  const int64_t rows = block.dy.rows, n = block.dy.cols, k = block.W.cols, r = block.adapter.rank;
+  Bits* dy_packed = space.take<Bits>(packed_bf16(rows, n));
+  Bits* g_packed = space.take<Bits>(kLeftParts * packed_bf16(rows, r));
+  pack_bf16(block.dy, rows, n, 1, {}, 0, Layout::rows, dy_packed);
+  if (block.g != nullptr) {
+    Bf16Terms up;
+    up.add(dy_packed, 1, rows, n, {block.B, false});
+    Output out{block.g, LK_F32, r};
+    out.scale = block.scale;
+    gemm_bf16(rows, r, up.begin(), up.count(), out);
+  }
+  if (block.dx == nullptr) return;
+  Bf16Terms terms;
+  if (r > 0) {
+    pack_bf16_parts({block.g, LK_F32, r, nullptr, rows, r}, rows, r, 1, Layout::rows, g_packed);
+    terms.add(g_packed, kLeftParts, rows, r, {block.A, false});
+  }
+  const int low = terms.count();
+  terms.add(dy_packed, 1, rows, n, {block.W, false});
+  const auto product = [&](int first, int count) {
+    return [=, &terms](const Output& out) { gemm_bf16(rows, k, terms.begin() + first, count, out); };
+  };
+  add_up(block, product(0, low), product(low, 1), product(0, low + 1));
+}
+
 }  // namespace
 }  // namespace lk::cpu
 
 extern "C" int64_t lk_cpu_lora_linear_backward_workspace(int64_t tokens, int64_t out_features,
                                                          int64_t in_features, int64_t rank, int has_dropout) {
   using namespace lk::cpu;
-  const int64_t block = std::min(tokens, block_tokens(out_features));
-  const int64_t dy = Workspace::bytes(4 * block * out_features), low = Workspace::bytes(4 * block * rank);
+  const int64_t block =
+      std::min(tokens, std::max(block_tokens(out_features), block_tokens_bf16(out_features)));
+  const int64_t low = Workspace::bytes(4 * block * rank);
   const int64_t sums = Workspace::bytes(4 * rank * in_features) + Workspace::bytes(4 * rank * out_features);
   const bool x_rows = has_dropout || tokens <= kFewTokens;
   const int64_t dropped = x_rows ? Workspace::bytes(4 * block * in_features) : 0;
-  return dy + 4 * low + sums + dropped;
+  const int64_t fp32 =
+      Workspace::bytes(4 * std::min(tokens, block_tokens(out_features)) * out_features) + low;
+  const int64_t bf16_block = std::min(tokens, block_tokens_bf16(out_features));
+  const int64_t bf16 = Workspace::bytes(2 * packed_bf16(bf16_block, out_features)) +
+                       Workspace::bytes(2 * kLeftParts * packed_bf16(bf16_block, rank));
+  return 3 * low + sums + dropped + std::max(fp32, bf16);
 }
 
 extern "C" int lk_cpu_lora_linear_backward(const lk_matrix* dy, int64_t tokens, const lk_matrix* x,
@@ -100,17 +180,17 @@ extern "C" int lk_cpu_lora_linear_backward(const lk_matrix* dy, int64_t tokens, 
   }
   const bool need_dx = gradients->dx != nullptr, need_dA = gradients->dA != nullptr,
              need_dB = gradients->dB != nullptr, drops = adapter->dropout_p > 0;
-  const int64_t block = std::min(tokens, block_tokens(n)), size = dtype_size(dy->dtype);
+  const Product product = product_for(tokens, dy->dtype, *base);
+  const int64_t most = product == Product::gemm_bf16 ? block_tokens_bf16(n) : block_tokens(n);
+  const int64_t block = std::min(tokens, most), size = dtype_size(dy->dtype);
   const Matrix A = dense(adapter->lora_A, r, k), B = dense(adapter->lora_B, n, r), W = base_matrix(*base);
   Workspace space(workspace);
-  if (few_tokens(tokens, W)) {
+  if (product == Product::few_tokens) {
     few(dense(*dy, tokens, n), dense(*x, tokens, k), dense(*h, tokens, r), W, *adapter, A, B, *gradients,
         space);
     return LK_OK;
   }
-  float* dy_packed = space.take<float>(block * n);
   float* g = space.take<float>(block * r);
-  float* g_packed = space.take<float>(block * r);
   float* g_transposed = space.take<float>(block * r);
   float* h_transposed = space.take<float>(block * r);
   float* dA_sums = space.take<float>(r * k);   // [r, K]
@@ -123,27 +203,10 @@ extern "C" int lk_cpu_lora_linear_backward(const lk_matrix* dy, int64_t tokens, 
     const int64_t rows = std::min(block, tokens - t);
     const Matrix dy_block = rows_of(dense(*dy, tokens, n), t, rows);
     const bool need_g = r > 0 && (need_dx || need_dA);
-    if (need_dx || need_g) pack(dy_block, rows, n, 1, {}, dy_packed);
-    if (need_g) {
-      const Term up{dy_packed, n, {B, false}};
-      Output out{g, LK_F32, r};
-      out.scale = scale;
-      gemm(rows, r, &up, 1, out);
-    }
-    if (need_dx) {
-      void* dx = static_cast<char*>(gradients->dx) + t * k * size;
-      const Term low{g_packed, r, {A, false}}, full{dy_packed, n, {W, false}};
-      const Term terms[2] = {low, full};
-      Output out{dx, dy->dtype, k};
-      if (r > 0) pack(g_matrix, rows, r, 1, {}, g_packed);
-      if (r > 0 && drops) {
-        gemm(rows, k, &low, 1, out);
-        drop_rows({dx, dy->dtype, k, nullptr, rows, k}, *adapter, t * k, dx);
-        out.accumulate = true;
-        gemm(rows, k, &full, 1, out);
-      } else {
-        gemm(rows, k, r > 0 ? terms : terms + 1, r > 0 ? 2 : 1, out);
-      }
+    if (need_dx || need_g) {
+      void* dx = need_dx ? static_cast<char*>(gradients->dx) + t * k * size : nullptr;
+      const auto products = product == Product::gemm_bf16 ? bf16_products : fp32_products;
+      products({dy_block, t, *adapter, W, A, B, scale, need_g ? g : nullptr, dx}, space);
     }
     if (need_dA) {
       Matrix x_block = rows_of(dense(*x, tokens, k), t, rows);

@@ -42,28 +42,30 @@ _kernels = panels.Kernels(nf4_dequantize=nf4_dequantize, lora_dropout=lora_dropo
 
 
 class Crossover(NamedTuple):
-    """From `tokens` on, torch's GEMM on decoded panels takes over from the fused fp32 kernels."""
+    """From `tokens` on, torch's GEMM on decoded panels takes over from the fused kernels."""
 
     dtype: torch.dtype
-    fast_bf16: bool  # a machine with AMX or full-rate vdpbf16ps
+    isa: str
     tokens: int
     why: str
 
 
-# The fused kernels multiply in fp32. Where torch has no better units for a dtype they win for every T: on a
-# Xeon without AMX (family 6, model 207, 2 cores, NF4 4096x4096, r = 16) torch's bf16 GEMM does 168 GFLOP/s,
-# these kernels 270 to 290.
+# Everywhere else the fused kernels win for every T. On a Xeon without AMX (family 6, model 207, 2 cores, NF4
+# 4096x4096, r = 16) torch's bf16 GEMM does 168 GFLOP/s, the fp32 kernels 270 to 290. On one with AMX forward
+# takes 3.0, 6.6, 29 and 113 ms for 8, 64, 512 and 2048 tokens, panels 6.7, 11.6, 36 and 119.
 CROSSOVERS = (
     Crossover(
         torch.bfloat16,
-        fast_bf16=True,
+        isa="avx512bf16",
         tokens=12,
-        why="the bf16 units of this kind of machine: 800 GFLOP/s against 190 in fp32, and 0.9 ms to decode "
-        "a 4096x4096 weight, measured on 2 cores, cross at about 12 tokens (the crossing: not measured)",
+        why="on two cores of a Zen 5 torch's bf16 GEMM does 800 GFLOP/s and a 4096x4096 weight is decoded in "
+        "0.9 ms, measured; the vdpbf16ps kernels there: not measured",
     ),
 )
 
 forced_kernel: str | None = None  # "fused" or "panels": for tests and measurements
+
+_DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/api.h
 
 
 def _kernel(tokens: int, dtype: torch.dtype, *others: Tensor | None) -> tuple[str, str]:
@@ -73,11 +75,11 @@ def _kernel(tokens: int, dtype: torch.dtype, *others: Tensor | None) -> tuple[st
     if forced_kernel is not None:
         return forced_kernel, "forced"
     for crossover in CROSSOVERS:
-        if (crossover.dtype, crossover.fast_bf16) == (dtype, bool(_C.cpu_fast_bf16)):
+        if crossover.dtype == dtype and crossover.isa == cpu_isa():
             if tokens >= crossover.tokens:
                 return "panels", crossover.why
             return "fused", f"fewer than {crossover.tokens} tokens: {crossover.why}"
-    return "fused", "fp32 products on codes decoded in registers beat torch's GEMM here for every T"
+    return "fused", "codes decoded where they are multiplied beat torch's GEMM here for every T"
 
 
 def lora_linear(
@@ -133,6 +135,8 @@ _FUSED = {
     "once, for all tokens",
     "gemm": "C++ gemm ({isa}): blocks of up to {block} tokens; W0 is decoded into L1, 32 outputs x 128 "
     "inputs at a time, for the whole block, and the LoRA product is a second term of the same fp32 sum",
+    "gemm_bf16": "C++ gemm_bf16 ({isa}): blocks of up to {block} tokens; W0 is decoded to bf16 tiles, 512 "
+    "inputs at a time, for the whole block, and the LoRA product is a second term of the same fp32 sum",
 }
 
 
@@ -141,8 +145,8 @@ def explain(base: BaseWeight, tokens: int, dtype: torch.dtype) -> list[str]:
     if kernel == "panels":
         lines = panels.explain(base, dtype, decoder=f"C++ nf4_dequantize ({cpu_isa()})")
     else:
-        fused = _C.lora_linear_kernel(tokens, base.in_features, base.blocksize if base.quantized else 0)
-        block = _C.lora_linear_block_tokens(base.in_features)
+        blocksize = base.blocksize if base.quantized else 0
+        fused, block = _C.lora_linear_kernel(tokens, _DTYPE_CODES[dtype], base.in_features, blocksize)
         lines = ["forward, backward: " + _FUSED[fused].format(isa=cpu_isa(), block=block)]
     n, k = base.out_features, base.in_features
     stored = sum(t.nbytes for t in base[:4] if t is not None)

@@ -19,7 +19,7 @@ except ImportError as error:
         f"`python setup.py build_ext --inplace`. The loader said: {error}"
     ) from error
 
-_ALL_ISAS = ("portable", "avx2", "avx512", "avx512bf16")
+_ALL_ISAS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 CPU_ISAS = _ALL_ISAS[: _ALL_ISAS.index(_C.cpu_best_isa) + 1]
 """The instruction sets of the CPU kernels that this machine has."""
 

@@ -1,0 +1,324 @@
+// gemm_bf16.h with vdpbf16ps: 8 rows x 32 columns in 16 registers of sums, or 16 x 16, a pair of inner
+// elements at a time. And the decoding, which AMX shares.
+//
+// NF4 codes are looked up 32 at a time in tables of the products codebook · scale, rounded to bf16: one table
+// to a block of a row, or to the blocks of two rows that are woven together. Per 32 weights: a load, a byte
+// shuffle, a shift, a permute and a store, and for two rows a broadcast and a logical operation; and half a
+// table.
+#include "gemm_bf16.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <bit>
+
+#include "../nf4.h"
+#include "isa.h"
+#include "nf4_decode.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c,prefer-vector-width=512")
+
+namespace lk::cpu::avx512bf16 {
+namespace {
+
+#include "transpose_avx512.h"
+
+constexpr int64_t kPairs = kTileInner / 2;
+constexpr int64_t kRowsAhead =
+    24;  // that are prefetched, of W: they are too far apart for hardware to follow
+
+LK_INLINE __m512bh as_bf16(__m512 v) { return reinterpret_cast<__m512bh>(v); }
+LK_INLINE __m512i bits(__m512bh v) { return reinterpret_cast<__m512i>(v); }
+
+// ---- the product ----
+
+// M rows x N tiles of columns.
+template <int M, int N>
+LK_INLINE void block(const Tiles& rows, const Tiles& pairs, int64_t steps, bool first, float* sums) {
+  __m512 acc[M][N];
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < N; ++j) {
+      acc[i][j] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + i * kPanel + 16 * j);
+    }
+  }
+  const Bits *left = rows.data, *right = pairs.data;
+  for (int64_t s = 0; s < steps; ++s, left += rows.next_step, right += pairs.next_step) {
+    for (int64_t pair = 0; pair < kPairs; ++pair) {
+      __m512bh p[N];
+#pragma GCC unroll 2
+      for (int j = 0; j < N; ++j) p[j] = as_bf16(_mm512_loadu_ps(right + j * pairs.next_tile + pair * 32));
+#pragma GCC unroll 16
+      for (int i = 0; i < M; ++i) {
+        float both;
+        __builtin_memcpy(&both, left + i * kTileInner + 2 * pair, sizeof both);
+        const __m512bh l = as_bf16(_mm512_set1_ps(both));
+#pragma GCC unroll 2
+        for (int j = 0; j < N; ++j) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], l, p[j]);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < N; ++j) _mm512_storeu_ps(sums + i * kPanel + 16 * j, acc[i][j]);
+  }
+}
+
+void multiply(const Tiles& rows, int64_t row_count, const Tiles& pairs, int64_t column_count, int64_t steps,
+              bool first, float* sums) {
+  const int64_t height = column_count > 16 ? 8 : 16;
+  for (int64_t i = 0; i < row_count; i += height) {
+    Tiles from = rows;
+    from.data += i / kTileTokens * rows.next_tile + i % kTileTokens * kTileInner;
+    if (column_count > 16) {
+      block<8, 2>(from, pairs, steps, first, sums + i * kPanel);
+    } else {
+      block<16, 1>(from, pairs, steps, first, sums + i * kPanel);
+    }
+  }
+}
+
+void begin(void*) {}
+void end(const void*) {}
+
+// ---- rounding of fp32 panels ----
+
+// v without its first `part` bf16 parts; 0 where that is no number (an infinity is in part 0).
+LK_INLINE __m512 rest(__m512 v, int part) {
+  constexpr int kNan = 0x81, kInfinities = 0x18;
+  for (int p = 0; p < part; ++p) {
+    const __m512i rounded = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
+    v = _mm512_sub_ps(v, _mm512_castsi512_ps(_mm512_slli_epi32(rounded, 16)));
+    v = _mm512_maskz_mov_ps(static_cast<__mmask16>(~_mm512_fpclass_ps_mask(v, kNan | kInfinities)), v);
+  }
+  return v;
+}
+
+LK_INLINE __mmask16 first16(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
+LK_INLINE __mmask32 first32(int64_t n) { return n >= 32 ? ~0u : (1u << n) - 1; }
+
+// [rows][kPanel] fp32, of which the first `count` columns are inner elements -> the rows of two tiles.
+void round_rows(const float* panel, int64_t rows, int64_t count, int part, Bits* tiles) {
+  for (int64_t i = 0; i < rows; ++i, panel += kPanel) {
+    const __m512 low = rest(_mm512_maskz_loadu_ps(first16(count), panel), part);
+    const __m512 high = rest(_mm512_maskz_loadu_ps(first16(count - 16), panel + 16), part);
+    Bits* to = tiles + i / kTileTokens * kTileElements + i % kTileTokens * kTileInner;
+    _mm512_storeu_si512(to, bits(_mm512_cvtne2ps_pbh(high, low)));
+  }
+}
+
+// Words 0..15 of two registers or of a register's halves, one by one: 0, 16, 1, 17, ... (+ first).
+LK_INLINE __m512i weave(int half_width, int first) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i low = _mm512_add_epi32(lane, _mm512_set1_epi32(first));
+  return _mm512_or_si512(low, _mm512_slli_epi32(_mm512_add_epi32(low, _mm512_set1_epi32(half_width)), 16));
+}
+
+// [count][kPanel] fp32 -> pairs of the rows; zeros behind the last one.
+void round_pairs(const float* panel, int64_t count, int part, Bits* tiles) {
+  const __m512i order = weave(16, 0);
+  for (int64_t pair = 0; pair < padded(count, kTileInner) / 2; ++pair) {
+    Bits* to = tiles + pair / kPairs * 2 * kTileElements + pair % kPairs * 32;
+    for (int64_t half = 0; half < 2; ++half) {
+      const float* from = panel + 2 * pair * kPanel + 16 * half;
+      __m512 even = _mm512_setzero_ps(), odd = even;
+      if (2 * pair < count) even = rest(_mm512_loadu_ps(from), part);
+      if (2 * pair + 1 < count) odd = rest(_mm512_loadu_ps(from + kPanel), part);
+      const __m512i both = bits(_mm512_cvtne2ps_pbh(odd, even));
+      _mm512_storeu_si512(to + half * kTileElements, _mm512_permutexvar_epi16(order, both));
+    }
+  }
+}
+
+// ---- decoding ----
+
+const Bits* dense_row(const Matrix& m, int64_t row, int64_t col) {
+  return static_cast<const Bits*>(m.data) + row * m.stride + col;
+}
+
+void dense_rows(const Matrix& m, int64_t output, int64_t width, int64_t inner, int64_t count, Bits* tiles) {
+  for (int64_t i = 0; i < width; ++i) {
+    const Bits* from = dense_row(m, output + i, inner);
+    Bits* to = tiles + i / kTileTokens * kTileElements + i % kTileTokens * kTileInner;
+    for (int64_t c = 0; c < count; c += kTileInner, to += 2 * kTileElements) {
+      _mm512_storeu_si512(to, _mm512_maskz_loadu_epi16(first32(count - c), from + c));
+    }
+  }
+}
+
+void dense_pairs(const Matrix& m, int64_t output, int64_t width, int64_t inner, int64_t count, Bits* tiles) {
+  const __m512i low = weave(32, 0), high = weave(32, 16);
+  for (int64_t pair = 0; pair < padded(count, kTileInner) / 2; ++pair) {
+    Bits* to = tiles + pair / kPairs * 2 * kTileElements + pair % kPairs * 32;
+    for (int64_t p = 0; p < width; p += kPanel) {
+      const __mmask32 columns = first32(width - p);
+      __m512i even = _mm512_setzero_si512(), odd = even;
+      if (2 * pair < count)
+        even = _mm512_maskz_loadu_epi16(columns, dense_row(m, inner + 2 * pair, output + p));
+      if (2 * pair + 1 < count) {
+        odd = _mm512_maskz_loadu_epi16(columns, dense_row(m, inner + 2 * pair + 1, output + p));
+      }
+      _mm512_storeu_si512(to + p * kDepth, _mm512_permutex2var_epi16(even, low, odd));
+      _mm512_storeu_si512(to + p * kDepth + kTileElements, _mm512_permutex2var_epi16(even, high, odd));
+    }
+  }
+}
+
+LK_INLINE __m512 scaled_codebook(float scale) {
+  return _mm512_mul_ps(_mm512_loadu_ps(nf4::kCodebook.data()), _mm512_set1_ps(scale));
+}
+
+// 16 bytes of a row's codes, in all four lanes -> 32 words, whose low 4 bits are the codes, in order. The
+// bits above are those of other codes, or nothing.
+LK_INLINE __m512i codes_of_row(__m512i bytes) {
+  // Lane l, word w: byte 4l + w/2, whose high nibble comes first.
+  const __m512i pick =
+      _mm512_add_epi8(_mm512_broadcast_i32x4(_mm_setr_epi8(0, -128, 0, -128, 1, -128, 1, -128, 2, -128, 2,
+                                                           -128, 3, -128, 3, -128)),
+                      _mm512_set_epi64(0x000c000c000c000c, 0x000c000c000c000c, 0x0008000800080008,
+                                       0x0008000800080008, 0x0004000400040004, 0x0004000400040004, 0, 0));
+  return _mm512_srlv_epi16(_mm512_shuffle_epi8(bytes, pick), _mm512_set1_epi32(4));
+}
+
+void nf4_rows(const Matrix& m, int64_t output, int64_t width, int64_t inner, int64_t count,
+              const float* scales, Bits* tiles) {
+  const int shift = std::countr_zero(static_cast<uint64_t>(m.nf4->blocksize));
+  const int64_t blocks = m.cols >> shift, in_block = std::min(m.nf4->blocksize, count);
+  for (int64_t i = 0; i < width; ++i) {
+    const uint8_t* from = m.nf4->packed + ((output + i) * m.cols + inner) / 2;
+    const float* scale = scales + i * blocks;
+    Bits* to = tiles + i / kTileTokens * kTileElements + i % kTileTokens * kTileInner;
+    for (int64_t byte = 0; byte < kDepth / 2; byte += 64) {
+      _mm_prefetch(reinterpret_cast<const char*>(from + kDepth / 2 + byte), _MM_HINT_T0);
+    }
+    for (int64_t c = 0; c < count;) {
+      const __m256i half =
+          reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(scaled_codebook(scale[(inner + c) >> shift])));
+      const __m512i table = _mm512_broadcast_i64x4(half);  // twice: bit 4 of a word is any
+      for (const int64_t stop = std::min(c + in_block, count); c < stop;
+           c += kTileInner, to += 2 * kTileElements) {
+        const __m512i bytes =
+            _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + c / 2)));
+        _mm512_storeu_si512(to, _mm512_permutexvar_epi16(codes_of_row(bytes), table));
+      }
+    }
+  }
+}
+
+void nf4_pairs(const Matrix& m, int64_t output, int64_t width, int64_t inner, int64_t count, Bits* tiles) {
+  const int shift = std::countr_zero(static_cast<uint64_t>(m.nf4->blocksize));
+  // Of 16 bytes, 8 of either row: lane l, dword d takes column 4l + d of both rows, byte 2l + d/2 and 8
+  // behind it.
+  const __m512i pick =
+      _mm512_add_epi8(_mm512_broadcast_i32x4(_mm_setr_epi8(0, -128, 8, -128, 0, -128, 8, -128, 1, -128, 9,
+                                                           -128, 1, -128, 9, -128)),
+                      _mm512_set_epi64(0x0006000600060006, 0x0006000600060006, 0x0004000400040004,
+                                       0x0004000400040004, 0x0002000200020002, 0x0002000200020002, 0, 0));
+  const __m512i nibble = _mm512_set1_epi64(0x0000000000040004);
+  const __m512i low4 = _mm512_set1_epi16(15), second = _mm512_set1_epi32(16 << 16);  // half of the table
+  const uint8_t* packed = m.nf4->packed + (inner * m.cols + output) / 2;
+  const int64_t stride = m.cols / 2;
+  for (int64_t pair = 0; pair < padded(count, kTileInner) / 2; ++pair) {
+    const bool two = 2 * pair + 1 < count;
+    const uint8_t *even = packed + 2 * pair * stride, *odd = two ? even + stride : even;
+    Bits* to = tiles + pair / kPairs * 2 * kTileElements + pair % kPairs * 32;
+    if (2 * pair >= count) {
+      for (int64_t p = 0; p < width; p += kPanel) {
+        _mm512_storeu_si512(to + p * kDepth, _mm512_setzero_si512());
+        _mm512_storeu_si512(to + p * kDepth + kTileElements, _mm512_setzero_si512());
+      }
+      continue;
+    }
+    _mm_prefetch(reinterpret_cast<const char*>(even + kRowsAhead * stride), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(odd + kRowsAhead * stride), _MM_HINT_T0);
+    int64_t block = -1;
+    __m512i table = _mm512_setzero_si512();
+    for (int64_t p = 0; p < width; p += kPanel) {
+      const int64_t flat = (inner + 2 * pair) * m.cols + output + p;
+      if (flat >> shift != block) {
+        block = flat >> shift;
+        const float other = two ? block_scale(*m.nf4, (flat + m.cols) >> shift) : 0.0f;
+        table =
+            bits(_mm512_cvtne2ps_pbh(scaled_codebook(other), scaled_codebook(block_scale(*m.nf4, block))));
+      }
+      const __m128i e = _mm_loadu_si128(reinterpret_cast<const __m128i*>(even + p / 2));
+      const __m128i o = _mm_loadu_si128(reinterpret_cast<const __m128i*>(odd + p / 2));
+      const auto look_up = [&](__m128i bytes) {
+        const __m512i words =
+            _mm512_srlv_epi16(_mm512_shuffle_epi8(_mm512_broadcast_i32x4(bytes), pick), nibble);
+        // (words & low4) | second
+        return _mm512_permutexvar_epi16(_mm512_ternarylogic_epi32(words, low4, second, 0xea), table);
+      };
+      _mm512_storeu_si512(to + p * kDepth, look_up(_mm_unpacklo_epi64(e, o)));
+      _mm512_storeu_si512(to + p * kDepth + kTileElements, look_up(_mm_unpackhi_epi64(e, o)));
+    }
+  }
+}
+
+}  // namespace
+
+void decode(const Right& right, int64_t output, int64_t width, int64_t inner, int64_t count, int part,
+            const float* scales, float* space, Bits* tiles) {
+  const Matrix& m = right.matrix;
+  if (m.nf4 == nullptr && m.dtype == LK_BF16) {
+    return (right.rows_are_outputs ? dense_rows : dense_pairs)(m, output, width, inner, count, tiles);
+  }
+  if (right.rows_are_outputs) {
+    if (scales != nullptr) return nf4_rows(m, output, width, inner, count, scales, tiles);
+    for (int64_t c = 0; c < count; c += kTileInner, tiles += 2 * kTileElements) {
+      const int64_t n = std::min(kTileInner, count - c);
+      gemm_kernels().decode({m, false}, inner + c, n, output, width, nullptr, space);
+      round_rows(space, width, n, part, tiles);
+    }
+    return;
+  }
+  if (m.nf4 != nullptr && blocks_fit_rows(m) && m.cols % kPanel == 0) {
+    return nf4_pairs(m, output, width, inner, count, tiles);
+  }
+  for (int64_t i = 0; i < count; i += kChunk) {
+    const int64_t n = std::min(kChunk, count - i);
+    gemm_kernels().decode(right, output, width, inner + i, n, nullptr, space);
+    for (int64_t p = 0; p < width; p += kPanel) {
+      round_pairs(space + p * kChunk, n, part, tiles + p * kDepth + i * kPanel);
+    }
+  }
+}
+
+void transpose_tile(Bits* tile) {
+  Rows r;
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(tile + i * kTileInner);
+  transpose(r);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) _mm512_storeu_ps(tile + i * kTileInner, r[i]);
+}
+
+void transpose_sums(float* sums) {
+  const auto load = [](const float* from, Rows& r) {
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(from + i * kPanel);
+    transpose(r);
+  };
+  const auto store = [](const Rows& r, float* to) {
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) _mm512_storeu_ps(to + i * kPanel, r[i]);
+  };
+  Rows a, b;
+  load(sums, a);
+  store(a, sums);
+  load(sums + 16 * kPanel + 16, a);
+  store(a, sums + 16 * kPanel + 16);
+  load(sums + 16, a);
+  load(sums + 16 * kPanel, b);
+  store(a, sums + 16 * kPanel);
+  store(b, sums + 16);
+}
+
+const Bf16Kernels kGemm = {begin, end, multiply};
+
+}  // namespace lk::cpu::avx512bf16
+#pragma GCC pop_options
+#endif

@@ -1,0 +1,179 @@
+#include "gemm_bf16.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "convert.h"
+#include "isa.h"
+#include "parallel.h"
+#include "scratch.h"
+
+namespace lk::cpu {
+namespace {
+
+// One row of a tile: part `part` of n fp32 values, zeros behind them.
+void round_row(const float* values, int64_t n, int part, Bits* to) {
+  for (int64_t i = 0; i < n; ++i) {
+    float v = values[i];
+    for (int p = 0; p < part; ++p) {
+      v -= to_float(from_float<BFloat16>(v));
+      if (!(std::fabs(v) <= std::numeric_limits<float>::max())) v = 0;  // an infinity or NaN is in part 0
+    }
+    to[i] = from_float<BFloat16>(v).bits;
+  }
+  std::fill(to + n, to + kTileInner, Bits{0});
+}
+
+}  // namespace
+
+bool has_bf16_units() { return isa() >= Isa::avx512bf16; }
+
+#if defined(__x86_64__)
+namespace {
+
+const Bf16Kernels& bf16_kernels() { return isa() >= Isa::amx ? amx::kGemm : avx512bf16::kGemm; }
+
+}  // namespace
+
+void pack_bf16(const Matrix& m, int64_t tokens, int64_t inner, float scale, const Dropout& dropout, int part,
+               Layout layout, Bits* packed) {
+  constexpr int64_t kColumns = 512;  // of a row at a time: stays in L1
+  const int64_t size = m.dtype == LK_F32 ? 4 : 2, tiles = padded(inner, kTileInner) / kTileInner;
+  const bool as_it_is = m.dtype == LK_BF16 && scale == 1 && part == 0;
+  const int64_t grain = std::max<int64_t>(1, kTaskWork / (kTileTokens * std::max<int64_t>(inner, 1)));
+  parallel_for(ceil_div(tokens, kTileTokens), grain, [&](int64_t begin, int64_t end) {
+    alignas(64) char dropped[kColumns * sizeof(float)];
+    alignas(64) float values[kTileInner];
+    for (int64_t tile = begin; tile < end; ++tile) {
+      for (int64_t t = 0; t < kTileTokens; ++t) {
+        const int64_t row = tile * kTileTokens + t;
+        Bits* to = packed + tile * tiles * kTileElements + t * kTileInner;
+        if (row >= tokens) {
+          for (int64_t i = 0; i < tiles; ++i) std::fill_n(to + i * kTileElements, kTileInner, Bits{0});
+          continue;
+        }
+        for (int64_t c = 0; c < inner; c += kColumns) {
+          const int64_t n = std::min(kColumns, inner - c);
+          const char* from = static_cast<const char*>(m.data) + (row * m.stride + c) * size;
+          if (dropout.p > 0) {
+            lk_cpu_lora_dropout(from, m.dtype, n, dropout.first + row * inner + c, dropout.p, dropout.rng,
+                                dropped);
+            from = dropped;
+          }
+          for (int64_t i = 0; i < n; i += kTileInner, to += kTileElements) {
+            const int64_t count = std::min(kTileInner, n - i);
+            if (as_it_is && count == kTileInner) {
+              std::memcpy(to, from + i * size, kTileInner * sizeof(Bits));
+            } else {
+              read_floats(from, m.dtype, i, count, values);
+              for (int64_t j = 0; j < count; ++j) values[j] *= scale;
+              round_row(values, count, part, to);
+            }
+          }
+        }
+      }
+      if (layout == Layout::pairs) {
+        for (int64_t i = 0; i < tiles; ++i) {
+          avx512bf16::transpose_tile(packed + (tile * tiles + i) * kTileElements);
+        }
+      }
+    }
+  });
+}
+
+namespace {
+
+// P of the outputs [column, column + width), inner elements [c, c + count) of a term.
+void decode_span(const Bf16Term& term, int64_t column, int64_t width, int64_t c, int64_t count,
+                 const float* const* scales, float* space, Bits* tiles) {
+  if (!term.right.rows_are_outputs) {
+    return avx512bf16::decode(term.right, column, width, c, count, term.part, nullptr, space, tiles);
+  }
+  for (int64_t m = 0; m < width; m += kPanel) {
+    avx512bf16::decode(term.right, column + m, std::min(kPanel, width - m), c, count, term.part,
+                       scales[m / kPanel], space, tiles + m * kDepth);
+  }
+}
+
+}  // namespace
+
+void gemm_bf16(int64_t tokens, int64_t outputs, const Bf16Term* terms, int term_count, const Output& output) {
+  if (tokens == 0 || outputs == 0) return;
+  int64_t inner = 0, scale_floats = 0;
+  const bool transposed = terms[0].right.rows_are_outputs;
+  for (int i = 0; i < term_count; ++i) {
+    inner += terms[i].inner;
+    const Matrix& m = terms[i].right.matrix;
+    if (m.nf4 != nullptr) scale_floats = std::max(scale_floats, kPanel * (m.cols / m.nf4->blocksize));
+  }
+  const int64_t span = tokens <= kSpan && transposed ? kPanel : kSpan, spans = ceil_div(outputs, span);
+  // Where there are few spans the tokens are cut into groups, each of which decodes P for itself.
+  const int64_t groups = std::min(ceil_div(tokens, kSpan), ceil_div(16, spans));
+  const int64_t group_tokens = padded(ceil_div(tokens, groups), kMultiplyTokens);
+  const int64_t grain = std::max<int64_t>(1, kTaskWork / std::max<int64_t>(1, span * inner));
+  const auto& decoder = gemm_kernels();
+  const auto& kernels = bf16_kernels();
+  parallel_for(spans * groups, grain, [&](int64_t begin, int64_t end) {
+    const int64_t panel_count = span / kPanel;
+    float* space = scratch(static_cast<size_t>(kChunk * kSpan + (group_tokens + kDepth / 2) * span +
+                                               panel_count * scale_floats));
+    float* sums = space + kChunk * kSpan;  // [panel][kPanel tokens][kPanel][kPanel]
+    Bits* tiles = reinterpret_cast<Bits*>(sums + group_tokens * span);  // [panel][kDepth * kPanel]
+    float* scale_space = sums + (group_tokens + kDepth / 2) * span;
+    alignas(64) char saved[kSavedBytes];
+    kernels.begin(saved);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t column = task / groups * span, width = std::min(span, outputs - column);
+      const int64_t row = task % groups * group_tokens, rows = std::min(group_tokens, tokens - row);
+      if (rows <= 0) continue;
+      if (inner == 0) std::fill(sums, sums + group_tokens * span, 0.0f);
+      bool first = true;
+      for (int i = 0; i < term_count; ++i) {
+        const Bf16Term& term = terms[i];
+        const int64_t stride = padded(term.inner, kTileInner) * kTileTokens;  // between tiles of tokens
+        const float* scales[kGroup] = {};
+        for (int64_t m = 0; m < width; m += kPanel) {
+          scales[m / kPanel] = panel_scales(term.right, column + m, std::min(kPanel, width - m),
+                                            scale_space + m / kPanel * scale_floats);
+        }
+        for (int64_t c = 0; c < term.inner; c += kDepth) {
+          const int64_t count = std::min(kDepth, term.inner - c);
+          decode_span(term, column, width, c, count, scales, space, tiles);
+          for (int64_t m = 0; m < width; m += kPanel) {
+            for (int64_t t = 0; t < rows; t += kPanel) {
+              const int64_t height = std::min(kPanel, rows - t), across = std::min(kPanel, width - m);
+              const Tiles left{term.left + (row + t) / kTileTokens * stride + c * kTileTokens, stride,
+                               kTileElements, true};
+              const Tiles right{tiles + m * kDepth, kTileElements, 2 * kTileElements, false};
+              const int64_t steps = ceil_div(count, kTileInner);
+              float* to = sums + m * group_tokens + t * kPanel;
+              if (transposed) {
+                kernels.multiply(right, across, left, height, steps, first, to);
+              } else {
+                kernels.multiply(left, height, right, across, steps, first, to);
+              }
+            }
+          }
+          first = false;
+        }
+      }
+      for (int64_t m = 0; m < width; m += kPanel) {
+        for (int64_t t = 0; t < rows; t += kPanel) {
+          float* from = sums + m * group_tokens + t * kPanel;
+          if (transposed) avx512bf16::transpose_sums(from);
+          decoder.store(output, row + t, std::min(kPanel, rows - t), column + m, std::min(kPanel, width - m),
+                        from);
+        }
+      }
+    }
+    kernels.end(saved);
+  });
+}
+#else
+void pack_bf16(const Matrix&, int64_t, int64_t, float, const Dropout&, int, Layout, Bits*) {}
+void gemm_bf16(int64_t, int64_t, const Bf16Term*, int, const Output&) {}
+#endif
+
+}  // namespace lk::cpu
