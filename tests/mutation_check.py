@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from mutations_bf16 import BF16_MUTATIONS
 from mutations_optim import OPTIM_MUTATIONS
 
 ROOT = Path(__file__).parent.parent
@@ -264,7 +265,7 @@ MUTATIONS = [
     ),
     Mutation(
         "avx512 transposition",
-        AVX512,
+        "csrc/cpu/transpose_avx512.h",
         "r[j + 8] = _mm512_castsi512_ps(_mm512_shuffle_i32x4(p, s, 0xdd));",
         "r[j + 8] = _mm512_castsi512_ps(_mm512_shuffle_i32x4(q, s, 0xdd));",
         T_LORA,
@@ -324,8 +325,8 @@ MUTATIONS = [
     Mutation(
         "dx without its mask",
         BACKWARD,
-        "drop_rows({dx, dy->dtype, k, nullptr, rows, k}, *adapter, t * k, dx);",
-        "",
+        "block.first * k,\n              block.dx);",
+        "(block.first + 1) * k,\n              block.dx);",
         T_LORA,
     ),
     # lora_linear_batched, dora_linear
@@ -420,7 +421,7 @@ MUTATIONS = [
     Mutation(
         "scales cast", LINEAR, "if tensor is not None and now.dtype != tensor.dtype:", "if False:", T_LINEAR
     ),
-    *(Mutation(*m) for m in OPTIM_MUTATIONS),
+    *(Mutation(*m) for m in (*BF16_MUTATIONS, *OPTIM_MUTATIONS)),
 ]
 
 

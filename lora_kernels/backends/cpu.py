@@ -50,9 +50,8 @@ class Crossover(NamedTuple):
     why: str
 
 
-# Everywhere else the fused kernels win for every T. On a Xeon without AMX (family 6, model 207, 2 cores, NF4
-# 4096x4096, r = 16) torch's bf16 GEMM does 168 GFLOP/s, the fp32 kernels 270 to 290. On one with AMX forward
-# takes 3.0, 6.6, 29 and 113 ms for 8, 64, 512 and 2048 tokens, panels 6.7, 11.6, 36 and 119.
+# Everywhere else the fused kernels win for every T: on a Xeon without AMX (family 6, model 207, 2 cores, NF4
+# 4096x4096, r = 16) torch's bf16 GEMM does 168 GFLOP/s, the fp32 kernels 270 to 290.
 CROSSOVERS = (
     Crossover(
         torch.bfloat16,
@@ -60,6 +59,13 @@ CROSSOVERS = (
         tokens=12,
         why="on two cores of a Zen 5 torch's bf16 GEMM does 800 GFLOP/s and a 4096x4096 weight is decoded in "
         "0.9 ms, measured; the vdpbf16ps kernels there: not measured",
+    ),
+    Crossover(
+        torch.bfloat16,
+        isa="amx",
+        tokens=512,
+        why="on two cores of a Xeon with AMX, NF4 4096x4096, forward by gemm_bf16 and by panels: 4.5 and "
+        "11.4 ms for 64 tokens, 13.1 and 18.8 for 256; for 512 20 and 14, beside busy neighbours 33 and 37",
     ),
 )
 
