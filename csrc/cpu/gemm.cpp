@@ -102,8 +102,7 @@ void gemm(int64_t tokens, int64_t outputs, const Term* terms, int term_count, co
     float* sums = panels + kChunk * span;  // [panel][token][kPanel]
     float* scale_space = sums + group_tokens * span;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t column = task / groups * span, width = std::min(span, outputs - column);
-      const int64_t row = task % groups * group_tokens, rows = std::min(group_tokens, tokens - row);
+      const auto [column, width, row, rows] = piece_of(task, groups, span, outputs, group_tokens, tokens);
       if (rows <= 0) continue;
       if (inner == 0) std::fill(sums, sums + group_tokens * span, 0.0f);
       bool first = true;

@@ -17,6 +17,7 @@
 // whole panels (or, where there are few panels, some tiles of one), so every sum has one order, whatever the
 // number of threads: within a chunk in order of c, then over chunks, then over terms.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 
 #include "../api.h"
@@ -89,6 +90,18 @@ void pack(const Matrix& matrix, int64_t tokens, int64_t inner, float scale, cons
 void pack_transposed(const Matrix& matrix, int64_t tokens, int64_t inner, float scale, float* packed);
 
 void gemm(int64_t tokens, int64_t outputs, const Term* terms, int term_count, const Output& output);
+
+// What one task of a product computes: outputs [column, column + width) of rows [row, row + rows).
+struct Piece {
+  int64_t column, width, row, rows;
+};
+
+// Tasks are cut into spans of outputs, each into groups of tokens; the last group may be empty.
+inline Piece piece_of(int64_t task, int64_t groups, int64_t span, int64_t outputs, int64_t group_tokens,
+                      int64_t tokens) {
+  const int64_t column = task / groups * span, row = task % groups * group_tokens;
+  return {column, std::min(span, outputs - column), row, std::min(group_tokens, tokens - row)};
+}
 
 // What differs between instruction sets.
 struct GemmKernels {

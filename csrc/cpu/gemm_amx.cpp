@@ -1,5 +1,5 @@
-// gemm_bf16.h with AMX: two by two tiles of sums, so that four products of 16 x 16 x 32
-// share two loads of either factor.
+// gemm_bf16.h with AMX: two by two tiles of sums, so that four products of 16 x 16 x 32 share two loads of
+// either factor.
 //
 // Which tiles there are is a state of the thread that other libraries use too, and keep in mind: what was
 // there before is there again afterwards.
@@ -23,8 +23,7 @@ struct alignas(64) Configuration {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 static_assert(sizeof(Configuration) == kSavedBytes);
-// Not on the stack: g++ 12's intrinsic claims to read the first 8 bytes only, so that stores of the others
-// go.
+// Not on the stack: g++ 12's intrinsic claims to read 8 bytes only, so that stores of the others vanish.
 constexpr Configuration kConfiguration;
 
 // 0 to 3: sums; 4, 5: left; 6, 7: P.
@@ -41,6 +40,7 @@ void end(const void* saved) {
   }
 }
 
+// Steps that tiles from the second level of cache are prefetched ahead: hardware does not follow tile loads.
 constexpr int kAhead = 2;
 
 // R x C tiles.
@@ -62,12 +62,12 @@ void tiles_of(const Tiles& rows, const Tiles& pairs, int64_t steps, bool first, 
   const Bits *left = rows.data, *right = pairs.data;
   const Bits* far = rows.far ? left : right;
   const int64_t far_tile = rows.far ? rows.next_tile : pairs.next_tile;
-  for (int64_t s = 0; s < steps; ++s, left += rows.next_step, right += pairs.next_step) {
-    far += kTileElements;
+  for (int64_t s = 0; s < steps;
+       ++s, left += rows.next_step, right += pairs.next_step, far += kTileElements) {
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) {
-      _mm_prefetch(reinterpret_cast<const char*>(far + (kAhead - 1) * kTileElements + i * 32), _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char*>(far + far_tile + (kAhead - 1) * kTileElements + i * 32),
+      _mm_prefetch(reinterpret_cast<const char*>(far + kAhead * kTileElements + i * 32), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(far + far_tile + kAhead * kTileElements + i * 32),
                    _MM_HINT_T0);
     }
     _tile_loadd(4, left, 64);

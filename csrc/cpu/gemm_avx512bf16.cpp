@@ -25,8 +25,8 @@ namespace {
 #include "transpose_avx512.h"
 
 constexpr int64_t kPairs = kTileInner / 2;
-constexpr int64_t kRowsAhead =
-    24;  // that are prefetched, of W: they are too far apart for hardware to follow
+// Rows of W that are prefetched ahead: they are too far apart for hardware to follow.
+constexpr int64_t kRowsAhead = 24;
 
 LK_INLINE __m512bh as_bf16(__m512 v) { return reinterpret_cast<__m512bh>(v); }
 LK_INLINE __m512i bits(__m512bh v) { return reinterpret_cast<__m512i>(v); }

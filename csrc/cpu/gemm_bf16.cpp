@@ -109,9 +109,10 @@ void gemm_bf16(int64_t tokens, int64_t outputs, const Bf16Term* terms, int term_
     if (m.nf4 != nullptr) scale_floats = std::max(scale_floats, kPanel * (m.cols / m.nf4->blocksize));
   }
   const int64_t span = tokens <= kSpan && transposed ? kPanel : kSpan, spans = ceil_div(outputs, span);
-  // Where there are few spans the tokens are cut into groups, each of which decodes P for itself.
+  // Few tokens leave little to keep P for, and narrow spans more to share among threads. Where there are few
+  // spans the tokens are cut into groups, each of which decodes P for itself.
   const int64_t groups = std::min(ceil_div(tokens, kSpan), ceil_div(16, spans));
-  const int64_t group_tokens = padded(ceil_div(tokens, groups), kMultiplyTokens);
+  const int64_t group_tokens = padded(ceil_div(tokens, groups), kPanel);
   const int64_t grain = std::max<int64_t>(1, kTaskWork / std::max<int64_t>(1, span * inner));
   const auto& decoder = gemm_kernels();
   const auto& kernels = bf16_kernels();
@@ -125,8 +126,7 @@ void gemm_bf16(int64_t tokens, int64_t outputs, const Bf16Term* terms, int term_
     alignas(64) char saved[kSavedBytes];
     kernels.begin(saved);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t column = task / groups * span, width = std::min(span, outputs - column);
-      const int64_t row = task % groups * group_tokens, rows = std::min(group_tokens, tokens - row);
+      const auto [column, width, row, rows] = piece_of(task, groups, span, outputs, group_tokens, tokens);
       if (rows <= 0) continue;
       if (inner == 0) std::fill(sums, sums + group_tokens * span, 0.0f);
       bool first = true;

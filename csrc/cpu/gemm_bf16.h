@@ -15,10 +15,10 @@
 // tokens are `rows`. Left factors are packed tile by tile, [token / 16][inner / 32][tile], P [panel][inner /
 // 32][half of the panel][tile].
 //
-// A task is kSpan outputs and a group of the tokens. Its P of kDepth inner elements (128 KiB), its sums and
-// the left factor's part that meets that P stay in L2, so that W0 is decoded once for up to kMostTokens
-// tokens. Every sum has one order, whatever the number of threads: in a tile by the unit, then over tiles,
-// kDepths and terms.
+// A task is kSpan outputs (of few tokens: a panel) and a group of the tokens. Its P of kDepth inner elements
+// (128 KiB), its sums and the left factor's part that meets that P stay in L2, so that W0 is decoded once for
+// up to kMostTokens tokens. Every sum has one order, whatever the number of threads: in a tile by the unit,
+// then over tiles, kDepths and terms.
 //
 // Factors that are not bf16 (float32 adapters, s'·h, g) are split into bf16 parts, v = part 0 + part 1 + part
 // 2 + ...: two keep 16 bits of v, three all 24. A product of split factors is several terms. An infinity has
@@ -36,12 +36,11 @@ constexpr int64_t kTileElements = kTileTokens * kTileInner;
 constexpr int64_t kDepth = 4 * kChunk;
 constexpr int64_t kSpan = kGroup * kPanel;
 constexpr int64_t kMostTokens = 512;
-constexpr int64_t kMultiplyTokens = 2 * kTileTokens;
 
 // bf16 as bits.
 using Bits = uint16_t;
 
-inline int64_t padded(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+inline int64_t padded(int64_t n, int64_t unit) { return ceil_div(n, unit) * unit; }
 
 // Elements of a packed left factor.
 inline int64_t packed_bf16(int64_t tokens, int64_t inner) {
@@ -107,7 +106,7 @@ bool has_bf16_units();
 struct Tiles {
   const Bits* data;
   int64_t next_tile, next_step;
-  bool far;  // in the second level of cache rather than the first
+  bool far;  // its tiles follow one another and lie in the second level of cache rather than the first
 };
 
 // What differs between the units.

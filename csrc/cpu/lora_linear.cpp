@@ -67,10 +67,7 @@ extern "C" int64_t lk_cpu_lora_linear_workspace(int64_t tokens, int64_t in_featu
   const int64_t planes = tokens <= kFewTokens ? Workspace::bytes(4 * tokens * in_features) : 0;
   const int64_t fp32 =
       Workspace::bytes(4 * packed_x(tokens, in_features)) + planes + Workspace::bytes(4 * block * rank);
-  const int64_t block_bf16 = std::min(tokens, block_tokens_bf16(in_features));
-  const int64_t bf16 = Workspace::bytes(2 * packed_bf16(block_bf16, in_features)) +
-                       Workspace::bytes(2 * kLeftParts * packed_bf16(block_bf16, rank));
-  return std::max(fp32, bf16);
+  return std::max(fp32, workspace_bf16(tokens, in_features, rank));
 }
 
 extern "C" const char* lk_cpu_lora_linear_kernel(int64_t tokens, int dtype, const lk_base_weight* base,

@@ -17,7 +17,7 @@ inline int64_t block_tokens(int64_t inner) {
 // The same of gemm_bf16: as many as share one decoding of W0 there.
 inline int64_t block_tokens_bf16(int64_t inner) {
   const int64_t fit = (int64_t{8} << 20) / (2 * std::max<int64_t>(inner, 1));
-  return std::clamp<int64_t>(fit / kMultiplyTokens * kMultiplyTokens, 4 * kMultiplyTokens, kMostTokens);
+  return std::clamp<int64_t>(fit / kPanel * kPanel, 4 * kPanel, kMostTokens);
 }
 
 inline int64_t dtype_size(int dtype) { return dtype == LK_F32 ? 4 : 2; }
@@ -67,5 +67,13 @@ class Workspace {
  private:
   char* at_;
 };
+
+// What gemm_bf16 needs for the left factors of a block of tokens: [tokens, inner] and [tokens, rank] in
+// parts.
+inline int64_t workspace_bf16(int64_t tokens, int64_t inner, int64_t rank) {
+  const int64_t block = std::min(tokens, block_tokens_bf16(inner)), size = sizeof(Bits);
+  return Workspace::bytes(size * packed_bf16(block, inner)) +
+         Workspace::bytes(size * kLeftParts * packed_bf16(block, rank));
+}
 
 }  // namespace lk::cpu

@@ -162,10 +162,7 @@ extern "C" int64_t lk_cpu_lora_linear_backward_workspace(int64_t tokens, int64_t
   const int64_t dropped = x_rows ? Workspace::bytes(4 * block * in_features) : 0;
   const int64_t fp32 =
       Workspace::bytes(4 * std::min(tokens, block_tokens(out_features)) * out_features) + low;
-  const int64_t bf16_block = std::min(tokens, block_tokens_bf16(out_features));
-  const int64_t bf16 = Workspace::bytes(2 * packed_bf16(bf16_block, out_features)) +
-                       Workspace::bytes(2 * kLeftParts * packed_bf16(bf16_block, rank));
-  return 3 * low + sums + dropped + std::max(fp32, bf16);
+  return 3 * low + sums + dropped + std::max(fp32, workspace_bf16(tokens, out_features, rank));
 }
 
 extern "C" int lk_cpu_lora_linear_backward(const lk_matrix* dy, int64_t tokens, const lk_matrix* x,

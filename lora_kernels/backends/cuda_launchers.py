@@ -30,12 +30,7 @@ class SortedRows(NamedTuple):
 
 def rank_rows(like: Tensor, rank: int) -> Tensor:
     """An empty [T, r] of `like`'s dtype for its rows, each of which starts on 16 bytes."""
-    rows = like.new_empty(like.shape[0], -(-rank // 8) * 8)
-    if rows.device.type == "cpu" and rank % 2 == 1:
-        # The stand-in's torch.mm: with AMX, the bf16 GEMM of torch 2.13 multiplies the element behind an odd
-        # row's end by zero, which leaves a NaN where one happens to lie there.
-        rows.zero_()
-    return rows[:, :rank]
+    return like.new_empty(like.shape[0], -(-rank // 8) * 8)[:, :rank]
 
 
 def _in_pieces(matrices: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
