@@ -27,19 +27,15 @@ def core_count() -> int:
     return max(allowed, torch.get_num_threads())
 
 
-def has_amx() -> bool:
-    """Whether the processor has AMX for bf16; its name may not tell, on a virtual machine."""
-    try:
-        flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)
-    except OSError:
-        return False
-    return flags is not None and "amx_bf16" in flags.group(1).split()
-
-
 def slug() -> str:
-    """The processor, AMX where it has it, and the cores that this process may use, as a folder name."""
+    """The processor, AMX where it has it, and the cores that this process may use, as a folder name.
+
+    On a virtual machine the processor's own name may not tell whether there is AMX.
+    """
+    from lora_kernels.backends.native import CPU_ISAS
+
     name = re.sub(r"\((r|tm|c)\)|\bcpu\b|@.*$", " ", cpu_name().lower())
-    name += " amx" if has_amx() else ""
+    name += " amx" if "amx" in CPU_ISAS else ""
     return re.sub(r"[^a-z0-9]+", "-", f"{name} {core_count()}c").strip("-")
 
 
@@ -96,7 +92,6 @@ def describe_cpu() -> dict[str, object]:
         "allocator": allocator(),
         "last_level_cache_bytes": last_level_cache_bytes(),
         "cpu_isa": cpu_isa(),
-        "amx": has_amx(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": commit(),

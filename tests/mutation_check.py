@@ -325,8 +325,9 @@ MUTATIONS = [
     Mutation(
         "dx without its mask",
         BACKWARD,
-        "block.first * k,\n              block.dx);",
-        "(block.first + 1) * k,\n              block.dx);",
+        "drop_rows({block.dx, block.dy.dtype, k, nullptr, block.dy.rows, k}, block.adapter, block.first * k,"
+        "\n              block.dx);",
+        "",
         T_LORA,
     ),
     # lora_linear_batched, dora_linear

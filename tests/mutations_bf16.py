@@ -18,7 +18,7 @@ _DECODED = [
     ),
     ("a depth forgets the sums before it", BLOCKING, "          first = false;\n", "", EDGES),
     (
-        "dropout of another row",
+        "dropout of another row of bf16 tiles",
         BLOCKING,
         "dropout.first + row * inner + c",
         "dropout.first + c",

@@ -170,9 +170,9 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(kernels):
 def test_every_edge_of_the_tiles_of_bf16_units(nf4, adapter_dtype, kernels):
     """Counts beside a tile (16, 32), a panel (32), a span (128), a depth (512), a block of tokens (512)."""
     for t, n, k, r in (
-        (6, 31, 544, 3),
+        (6, 31, 576, 3),
         (17, 33, 1056, 33),
-        (33, 129, 96, 16),
+        (33, 129, 128, 16),
         (129, 300, 544, 5),
         (530, 48, 64, 8),
     ):
