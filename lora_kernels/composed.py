@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lora_kernels import panels
 from lora_kernels.base_weight import BaseWeight
+from lora_kernels.panels import zero_behind_rows
 
 
 class Kernels(NamedTuple):
@@ -78,9 +79,9 @@ def lora_linear_batched(
     ):
         if rows.numel() == 0:
             continue
-        part = dropped[rows] @ a.to(x.dtype).T  # [rows, r_i]
+        part = zero_behind_rows(dropped[rows]) @ a.to(x.dtype).T  # [rows, r_i]
         h[rows, : a.shape[0]] = part
-        y[rows] = torch.addmm(y[rows], part, b.to(x.dtype).T, alpha=s / (1 - dropout_p))
+        y[rows] = torch.addmm(y[rows], zero_behind_rows(part), b.to(x.dtype).T, alpha=s / (1 - dropout_p))
 
 
 def lora_linear_batched_backward(
@@ -109,10 +110,11 @@ def lora_linear_batched_backward(
     low = torch.zeros_like(dx) if dx is not None and dropout_p > 0 else None
     groups = zip(_rows_by_adapter(adapter_index, len(lora_A)), lora_A, lora_B, scaling, dA, dB, strict=True)
     for rows, a, b, s, dA_i, dB_i in groups:
-        dy_i, scale = dy[rows], s / (1 - dropout_p)
+        dy_i, scale = zero_behind_rows(dy[rows]), s / (1 - dropout_p)
         if dx is not None or dA_i is not None:
             g = dy.new_empty(rows.numel(), a.shape[0])
             torch.addmm(g, dy_i, b.to(dy.dtype), beta=0, alpha=scale, out=g)
+            g = zero_behind_rows(g)
         if dB_i is not None:
             panels.token_product(dB_i, dy_i, h[rows, : a.shape[0]], scale)
         if dA_i is not None:
@@ -175,9 +177,9 @@ def dora_linear(
         return
     dropped, keep = _dropped(kernels, x, dropout_p, rng), 1 / (1 - dropout_p)
     changed = torch.empty_like(y)  # (c-1)·W0·x' + c·s·B·h, up to keep
-    torch.mm(dropped, lora_A.to(x.dtype).T, out=h)
+    torch.mm(zero_behind_rows(dropped), lora_A.to(x.dtype).T, out=h)
     _base_product(kernels, dropped, base, None, changed)
-    changed.mul_(c - 1).add_((h @ lora_B.to(x.dtype).T).mul_(scaling * c))
+    changed.mul_(c - 1).add_((zero_behind_rows(h) @ lora_B.to(x.dtype).T).mul_(scaling * c))
     _base_product(kernels, x, base, bias, y)
     y.add_(changed, alpha=keep)
 
@@ -230,8 +232,8 @@ def dora_linear_backward(
         kernels.lora_linear_backward(*arguments, dx, None, None, None)
         return
     _base_gradient(kernels, torch.mul(dy, c - 1, out=torch.empty_like(dy)), base, dx)
-    g = (scaled @ lora_B.to(dy.dtype)).mul_(scaling)
-    dx.addmm_(g, lora_A.to(dy.dtype)).mul_(keep)
+    g = (zero_behind_rows(scaled) @ lora_B.to(dy.dtype)).mul_(scaling)
+    dx.addmm_(zero_behind_rows(g), lora_A.to(dy.dtype)).mul_(keep)
     kernels.panels.lora_dropout(dx, dropout_p, rng, 0, dx)
     straight = torch.empty_like(dx)
     _base_gradient(kernels, dy, base, straight)
