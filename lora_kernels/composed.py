@@ -218,7 +218,7 @@ def dora_linear_backward(
         del u
     if dA is not None or dB is not None:
         # c goes into the factors of rank r, in c's precision: dA and dB are rounded once.
-        whole = None if dB is None else torch.empty_like(lora_B, dtype=norm.dtype)
+        whole = None if dB is None else lora_B.new_empty(lora_B.shape, dtype=norm.dtype)
         columns = c.unsqueeze(1)
         arguments = (dy, x, h, base, lora_A, columns * lora_B.to(norm.dtype), scaling, dropout_p, rng)
         kernels.lora_linear_backward(*arguments, None, dA, whole, None)

@@ -52,6 +52,11 @@ def _as_rows(out: Tensor) -> Tensor:
     return out.view(math.prod(out.shape[:-1]), out.shape[-1])
 
 
+def _dense(small: Tensor | None) -> Tensor | None:
+    """rng, h and norm as the kernels read them: without their strides."""
+    return None if small is None else small.contiguous()
+
+
 def _contiguous(base: BaseWeight) -> BaseWeight:
     if not base.quantized:
         return base
@@ -193,7 +198,8 @@ def _lora_linear(*args) -> tuple[Tensor, Tensor]:
     if y.device.type != "meta" and h.shape[0] > 0:
         y2 = y.view(h.shape[0], base.out_features)
         base, x2 = _contiguous(base), _rows(x)
-        backend_for(x.device).lora_linear(x2, base, lora_A, lora_B, scaling, bias, dropout_p, rng, y2, h)
+        arguments = (lora_A, lora_B, scaling, bias, dropout_p, _dense(rng))
+        backend_for(x.device).lora_linear(x2, base, *arguments, y2, h)
     return y, h
 
 
@@ -272,9 +278,10 @@ def _lora_linear_backward(*args) -> tuple[Tensor, ...]:
         return _present(outputs, dy)
     dx = None if outputs[0] is None else _as_rows(outputs[0])
     x = _rows(x) if needs[1] else None
-    h = h if needs[2] else None
+    h = _dense(h) if needs[2] else None
     backend_for(dy.device).lora_linear_backward(
-        _rows(dy), x, h, _contiguous(base), lora_A, lora_B, scaling, dropout_p, rng, dx, *outputs[1:]
+        *(_rows(dy), x, h, _contiguous(base), lora_A, lora_B, scaling, dropout_p, _dense(rng)),
+        *(dx, *outputs[1:]),
     )
     return _present(outputs, dy)
 
@@ -321,7 +328,7 @@ def _lora_linear_batched(*args) -> tuple[Tensor, Tensor]:
     if y.device.type != "meta" and h.shape[0] > 0:
         check_adapter_index_values("lora_linear_batched", adapter_index, len(lora_A))
         index, y2 = adapter_index.reshape(-1), y.view(h.shape[0], base.out_features)
-        arguments = (lora_A, lora_B, scaling, index, bias, dropout_p, rng, y2, h)
+        arguments = (lora_A, lora_B, scaling, index, bias, dropout_p, _dense(rng), y2, h)
         backend_for(x.device).lora_linear_batched(_rows(x), _contiguous(base), *arguments)
     return y, h
 
@@ -393,9 +400,9 @@ def _lora_linear_batched_backward(*args):
     backend_for(dy.device).lora_linear_batched_backward(
         _rows(dy),
         None if x is None else _rows(x),
-        h,
+        _dense(h),
         _contiguous(base),
-        *(lora_A, lora_B, scaling, adapter_index.reshape(-1), dropout_p, rng),
+        *(lora_A, lora_B, scaling, adapter_index.reshape(-1), dropout_p, _dense(rng)),
         *(None if dx is None else _as_rows(dx), dA, dB, dbias),
     )
     return _present_lists(dy, dx, dA, dB, dbias)
@@ -455,7 +462,7 @@ def _dora_linear(*args) -> tuple[Tensor, Tensor, Tensor]:
         h.zero_()
         norm.zero_()
     elif y.device.type != "meta":
-        arguments = (lora_A, lora_B, magnitude, scaling, bias, dropout_p, rng)
+        arguments = (lora_A, lora_B, magnitude, scaling, bias, dropout_p, _dense(rng))
         y2 = y.view(h.shape[0], base.out_features)
         backend_for(x.device).dora_linear(_rows(x), _contiguous(base), *arguments, y2, h, norm)
     return y, h, norm
@@ -523,7 +530,8 @@ def _dora_linear_backward(*args) -> tuple[Tensor, ...]:
         return _present(outputs, dy)
     dx = None if outputs[0] is None else _as_rows(outputs[0])
     backend_for(dy.device).dora_linear_backward(
-        _rows(dy), _rows(x), h, norm, _contiguous(base), *args[10:16], dx, *outputs[1:]
+        *(_rows(dy), _rows(x), _dense(h), _dense(norm), _contiguous(base), *args[10:15], _dense(args[15])),
+        *(dx, *outputs[1:]),
     )
     return _present(outputs, dy)
 
