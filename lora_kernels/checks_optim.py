@@ -103,14 +103,14 @@ def _check_table(op: str, params: list[Tensor], pages: list[Tensor], segments: T
         "parameter",
         f"0 to {len(params) - 1}, an index into params",
     )
-    numel = torch.tensor([p.numel() for p in params])[parameter]
+    numel = torch.tensor([p.numel() for p in params], device="cpu")[parameter]
     refuse((first < 0) | (first % BLOCK != 0), "first", f"a multiple of {BLOCK}")
     refuse(
         (count < 0) | (count >= 2**31) | (count > numel) | (first > numel - count),
         "count",
         "elements that the parameter has, fewer than 2**31",
     )
-    room = torch.tensor([p.numel() for p in pages])[page]
+    room = torch.tensor([p.numel() for p in pages], device="cpu")[page]
     size = optim_state_bytes(op, count, params[0].dtype, rounding)
     refuse(
         (offset < HEADER_BYTES) | (offset % PIECE_ALIGNMENT != 0) | (offset > room - size),

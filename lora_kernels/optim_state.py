@@ -96,7 +96,9 @@ def _magnitude_thresholds(signed: bool) -> Tensor:
     entries = entries[entries >= 0]
     middle = (entries[1:] + entries[:-1]) / 2  # exact
     rounded = middle.float()
-    return torch.where(rounded.double() > middle, torch.nextafter(rounded, torch.zeros(())), rounded)
+    return torch.where(
+        rounded.double() > middle, torch.nextafter(rounded, torch.zeros_like(rounded)), rounded
+    )
 
 
 def quantize_blockwise(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:

@@ -181,10 +181,12 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """The state after the last whole step: adapter, optimizer, random numbers, position, history."""
+        with paging(self.settings):
+            optimizer = self.optimizer.state_dict()
         return {
             "step": self.step,
             "adapter": {name: p.detach() for name, p in self.parameters.items()},
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "scaler": self.scaler.state_dict(),
             "rng": self._rng,
             "threads": torch.get_num_threads(),

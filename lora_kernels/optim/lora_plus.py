@@ -16,9 +16,9 @@ def lora_plus_groups(
     """Parameter groups in which B learns `ratio` times as fast as A.
 
     Four groups, as the paper's code and PEFT make them: A and other matrices at lr; trained embeddings
-    (lora_embedding_*) at embedding_lr; B matrices at lr·ratio; B vectors (biases) at lr·ratio without weight
-    decay. Only parameters that require a gradient are in them; empty groups are left out. Each group has a
-    "name".
+    (lora_embedding_*) at embedding_lr; B and all vectors at lr·ratio, and of these biases and what is in a
+    LayerNorm without weight decay. Only parameters that require a gradient are in them; empty groups are left
+    out. Each group has a "name".
 
     Args:
         lr: learning rate of A, > 0.
@@ -46,7 +46,9 @@ def lora_plus_groups(
         if "lora_embedding" in name:
             members["embedding"].append(parameter)
         elif "lora_B" in name or parameter.ndim == 1:
-            members["B_no_decay" if parameter.ndim == 1 else "B"].append(parameter)
+            layer = model.get_submodule(name.rpartition(".")[0])
+            undecayed = "bias" in name or isinstance(layer, nn.LayerNorm)
+            members["B_no_decay" if undecayed else "B"].append(parameter)
         else:
             members["A"].append(parameter)
     if not any(members.values()):

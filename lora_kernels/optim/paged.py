@@ -1,8 +1,11 @@
 """Optimizers whose state lives in pages: packed, resident up to a budget, the rest in a file or in host
 memory."""
 
+import collections
+import functools
 import math
-from collections.abc import Callable, Iterable
+import numbers
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,8 @@ from torch import Tensor
 from lora_kernels import ops_optim, optim_state
 from lora_kernels.optim import state_format
 from lora_kernels.optim.paged_state import PagedState, Run
-from lora_kernels.optim.sharded import local_of
+from lora_kernels.optim.sharded import local_of, local_part
+from lora_kernels.optim.state_entry import StateEntry
 
 __all__ = ["MIN_8BIT_SIZE", "PagedOptimizer"]
 
@@ -32,8 +36,8 @@ class PagedOptimizer(torch.optim.Optimizer):
     as the update: a step that an exception has cut short is completed by the next call, and no page is
     updated twice for it.
 
-    state[p] has "step" only, for reading; the moments are in state_dict()'s copies. To forget all state, call
-    close(): an empty dictionary in the place of `state` does not.
+    state[p] is a StateEntry: moments are copied out of the pages where they are asked for, and what was put
+    or changed there is taken in by the next step. Without an entry a parameter starts anew, as in torch.
 
     Args:
         ops: the kernels for 32-bit and for 8-bit state, names in the namespace of lora_kernels' ops.
@@ -109,7 +113,7 @@ class PagedOptimizer(torch.optim.Optimizer):
     def _reset(self) -> None:
         self._paged_state = PagedState(**self._settings)
         self._steps: dict[Tensor, int] = {}  # each parameter's last whole step
-        self._counts = torch.zeros(0)  # the same numbers, of which state[p]["step"] are views
+        self._hide_steps()
         self._sharded = False  # whether a parameter is a DTensor
         self._tick = 0  # of the pages: the last whole step of the optimizer
         self._pending: dict[Tensor, int] | None = None  # of a step that has begun: each parameter's number
@@ -132,23 +136,26 @@ class PagedOptimizer(torch.optim.Optimizer):
         A parameter that was given another dtype, device or group meanwhile takes its state with it.
 
         Raises:
-            RuntimeError: a sparse gradient.
+            RuntimeError: a sparse gradient; a capture into a CUDA graph (the numbers of steps are arguments
+                of the kernels); a parameter of a step that was cut short has moved since.
             TypeError: a parameter that is not float32, bfloat16 or float16.
             ValueError: a hyperparameter out of range, or a parameter of another size than its state.
             OSError: the backing file's disk is full, or the file was damaged.
             MemoryError: no memory for a page.
         """
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{type(self).__name__}.step() cannot be captured in a CUDA graph: every replay would be the "
+                "step that was captured. Capture forward and backward, and call step() behind each replay"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         if self._pending is None:
             self._pending = self._begin()
-        elif any(p.grad is None for p in self._pending):
-            raise RuntimeError(
-                "the last step was cut short, and a parameter of it has no gradient any more: compute "
-                "gradients again and call step() to complete it"
-            )
+        else:
+            self._check_pending(self._pending)
         try:
             self._pass()
         except (torch.OutOfMemoryError, MemoryError):
@@ -161,6 +168,10 @@ class PagedOptimizer(torch.optim.Optimizer):
 
     def _begin(self) -> dict[Tensor, int]:
         """The parameters that have a step to make, all with room for their state, and the step's number."""
+        in_place = self._counts._version != self._shown  # a step number was changed
+        if in_place and len(self._counts) == len(self._steps):
+            for p, count in zip(self._steps, self._counts.tolist(), strict=True):
+                self._steps[p] = state_format.step_of({"step": count})
         steps: dict[Tensor, int] = {}
         number = -1
         for index, group in enumerate(self.param_groups):
@@ -169,6 +180,7 @@ class PagedOptimizer(torch.optim.Optimizer):
                 number += 1
                 if p.grad is None:
                     continue
+                self._take_in(p, index, number)
                 if p.grad.layout != torch.strided:
                     raise RuntimeError(
                         f"{type(self).__name__} does not take sparse gradients, and a parameter of shape "
@@ -181,6 +193,47 @@ class PagedOptimizer(torch.optim.Optimizer):
                     return self._begin()
                 steps[p] = self._steps.get(p, 0) + 1
         return steps
+
+    def _check_pending(self, pending: dict[Tensor, int]) -> None:
+        """Raises RuntimeError where a step that was cut short cannot be completed."""
+        groups = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
+        for p in pending:
+            if p.grad is None:
+                raise RuntimeError(
+                    "the last step was cut short, and a parameter of it has no gradient any more: compute "
+                    "gradients again and call step() to complete it"
+                )
+            local = local_of(p) if self._sharded else p
+            if p not in groups or not self._paged_state.fits(p, local, groups[p]):
+                raise RuntimeError(
+                    f"the last step was cut short, and a parameter of it, of shape {tuple(p.shape)}, has "
+                    "another dtype, device or group since: put it back and call step() to complete it first"
+                )
+
+    def _take_in(self, p: Tensor, group: int, number: int) -> None:
+        """Makes what stands in state[p] the state of p, where that is not what its pages have."""
+        entry = self.state.get(p)
+        if type(entry) is StateEntry and not entry.touched:
+            return
+        if not entry:
+            if p in self._steps:  # its state was cleared
+                del self._steps[p]
+                self._paged_state.clear(p)
+                self._hide_steps()
+            return
+        changed = entry.changed() if isinstance(entry, StateEntry) else state_format.flattened(entry)
+        if set(changed) - {"step"}:
+            whole = state_format.flattened(entry)
+            if p not in self._paged_state:
+                self._place(self._paged_state, p, group, number)
+            eight = self._paged_state.op_of(p) == self._ops[1]
+            self._paged_state.write(p, state_format.values_of(p, whole, self._states, eight))
+        if "step" in changed:
+            self._steps[p] = state_format.step_of(changed)
+        if isinstance(entry, StateEntry):
+            entry.forget()
+        else:
+            self._hide_steps()  # the entries are made anew
 
     def _move(self) -> None:
         """Brings the state of parameters to where they belong now.
@@ -203,7 +256,7 @@ class PagedOptimizer(torch.optim.Optimizer):
         for p in [p for p in self._steps if p not in moved]:
             del self._steps[p]
             self.state.pop(p, None)
-        self._counts = torch.zeros(0)
+        self._hide_steps()
 
     def _place(self, paged_state: PagedState, parameter: Tensor, group: int, number: int) -> str:
         """Makes room for a parameter's state, zeros. Returns the kernel that will update it."""
@@ -233,7 +286,8 @@ class PagedOptimizer(torch.optim.Optimizer):
     def _update(self, run: Run, pages: list[Tensor]) -> None:
         given, gradients = list(run.parameters), [p.grad for p in run.parameters]
         if self._sharded:
-            given, gradients = [local_of(p) for p in given], [local_of(g) for g in gradients]
+            gradients = [local_part(g, p) for g, p in zip(gradients, given, strict=True)]
+            given = [local_of(p) for p in given]
         # Copies only of what is not contiguous.
         gradients = [g if g.is_contiguous() else g.contiguous() for g in gradients]
         updated = [p if p.is_contiguous() else p.contiguous() for p in given]
@@ -253,13 +307,30 @@ class PagedOptimizer(torch.optim.Optimizer):
     def _end(self) -> None:
         assert self._pending is not None
         self._steps.update(self._pending)
-        if len(self._steps) > len(self._counts):
-            self._counts = torch.zeros(len(self._steps))
-            for i, p in enumerate(self._steps):
-                self.state[p]["step"] = self._counts[i]
-        self._counts.copy_(torch.tensor(list(self._steps.values())))
+        self._show_steps()
         self._tick += 1
         self._pending = None
+
+    def _hide_steps(self) -> None:
+        self._counts = _counts([])  # the numbers of steps, of which state[p]["step"] are views
+        self._shown = self._counts._version
+
+    def _show_steps(self) -> None:
+        """Makes state[p] of every parameter that has had a step."""
+        counts = _counts(list(self._steps.values()))
+        if len(counts) == len(self._counts):
+            self._counts.copy_(counts)
+            self._shown = self._counts._version
+            return
+        self._counts, self._shown = counts, counts._version
+        for i, p in enumerate(self._steps):
+            names = state_format.names_of(p, self._paged_state.names(p), self._states, self._state_bits)
+            self.state[p] = StateEntry(counts[i], names, functools.partial(self._entry, p))
+
+    def _entry(self, p: Tensor) -> dict[str, Any]:
+        """What a file says of a parameter."""
+        parts = self._paged_state.read(p)
+        return state_format.entry_of(p, parts, self._states, self._state_bits, self._steps[p])
 
     def _hyperparameters(self, group: dict[str, Any]) -> tuple[float, ...]:
         """What the kernel takes, in its order: lr, beta1, beta2, eps where it has one, weight_decay."""
@@ -289,8 +360,8 @@ class PagedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim.AdamW has it, or with state_bits=8 as bitsandbytes' 8-bit optimizers do, so that
-        either can load it. The tensors are copies, on the parameters' devices; DTensors where the
-        parameters are, and then 8-bit state is given as float32.
+        either can load it. The tensors are copies, on the parameters' devices, which need room for all of
+        it; DTensors where the parameters are, and then 8-bit state is given as float32.
 
         Raises:
             RuntimeError: a step was cut short. Call step() first: a state in the middle of a step is
@@ -303,10 +374,7 @@ class PagedOptimizer(torch.optim.Optimizer):
             packed["state"] = {}
             for name, p in zip(_names(packed), _parameters(self.param_groups), strict=True):
                 if p in self._steps:
-                    parts = self._paged_state.read(p)
-                    packed["state"][name] = state_format.entry_of(
-                        p, parts, self._states, self._state_bits, self._steps[p]
-                    )
+                    packed["state"][name] = self._entry(p)
 
         hook = self.register_state_dict_post_hook(fill, prepend=True)  # before those that are to see it
         try:
@@ -329,17 +397,12 @@ class PagedOptimizer(torch.optim.Optimizer):
         def convert(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
             entries = {k: state_format.flattened(v) for k, v in given["state"].items()}
             for group in given["param_groups"]:
-                for option in ("amsgrad", "maximize"):
-                    if group.get(option):
-                        raise ValueError(
-                            f"state_dict: it is of an optimizer with {option}=True, which "
-                            f"{type(self).__name__} does not have"
-                        )
+                _check_options(group)
             names, parameters = _names(given), _parameters(self.param_groups)
             if len(names) == len(parameters):  # else the base class says what is wrong
                 pairs = zip(names, parameters, strict=True)
                 loaded.append(self._loaded({p: entries[n] for n, p in pairs if n in entries}))
-            light = {n: {"step": torch.tensor(float(state_format.step_of(e)))} for n, e in entries.items()}
+            light = {n: {"step": state_format.step_of(e)} for n, e in entries.items()}
             return {**given, "state": light}
 
         def take(_: torch.optim.Optimizer) -> None:
@@ -348,7 +411,9 @@ class PagedOptimizer(torch.optim.Optimizer):
                     group.setdefault(key, value)
             self._paged_state.close()
             self._paged_state, self._steps = loaded.pop()
-            self._pending, self._counts = None, torch.zeros(0)
+            self._pending = None
+            self._hide_steps()
+            self._show_steps()
 
         # Behind the hooks that may change the file, and before those that are to see what was loaded.
         before = self.register_load_state_dict_pre_hook(convert)
@@ -380,9 +445,13 @@ class PagedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copy: the settings and all state, out of its pages."""
-        entries = self.state_dict()["state"]
+        if self._pending is not None:
+            raise RuntimeError("the last step was cut short: call step() to complete it before copying")
+        entries = {
+            i: self._entry(p) for i, p in enumerate(_parameters(self.param_groups)) if p in self._steps
+        }
         own = {name: value for name, value in vars(self).items() if name in _SETTINGS}
-        return {**super().__getstate__(), "_own": own, "_entries": entries}
+        return {**super().__getstate__(), "state": {}, "_own": own, "_entries": entries}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         own, entries = state.pop("_own", None), state.pop("_entries", None)
@@ -395,8 +464,10 @@ class PagedOptimizer(torch.optim.Optimizer):
         self._tick = tick
         parameters = _parameters(self.param_groups)
         self._paged_state, self._steps = self._loaded(
-            {parameters[name]: state_format.flattened(entry) for name, entry in entries.items()}
+            {parameters[number]: state_format.flattened(entry) for number, entry in entries.items()}
         )
+        self.state = collections.defaultdict(dict)
+        self._show_steps()
 
 
 _SETTINGS = (
@@ -405,17 +476,35 @@ _SETTINGS = (
 
 
 def _check_hyperparameters(group: dict[str, Any]) -> None:
-    """Raises ValueError naming the hyperparameter that cannot be."""
-    lr, betas, decay = float(group["lr"]), group["betas"], group["weight_decay"]
-    if not (math.isfinite(lr) and lr >= 0):
-        raise ValueError(f"lr is {lr}, expected a number >= 0")
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+    """Raises ValueError or TypeError naming the hyperparameter that cannot be."""
+    for name in ("lr", "weight_decay", "eps"):
+        if name in group and not (math.isfinite(_number(name, group[name])) and group[name] >= 0):
+            raise ValueError(f"{name} is {group[name]}, expected a number >= 0")
+    betas = group["betas"]
+    if not isinstance(betas, Sequence) or isinstance(betas, str) or len(betas) != 2:
+        raise ValueError(f"betas is {betas!r}, expected two numbers in [0, 1)")
+    if not all(0 <= _number("betas", beta) < 1 for beta in betas):
         raise ValueError(f"betas is {betas}, expected two numbers in [0, 1)")
-    if not (math.isfinite(decay) and decay >= 0):
-        raise ValueError(f"weight_decay is {decay}, expected a number >= 0")
-    eps = group.get("eps", 1.0)
-    if not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(f"eps is {eps}, expected a number >= 0")
+    _check_options(group)
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, (numbers.Real, Tensor)):
+        return float(value)
+    raise TypeError(f"{name} is {value!r}, expected a number")
+
+
+def _check_options(group: dict[str, Any]) -> None:
+    """Raises ValueError where a group asks for what torch's optimizers do and these do not."""
+    asked = [name for name in ("amsgrad", "maximize", "differentiable") if group.get(name)]
+    if group.get("decoupled_weight_decay") is False and group.get("weight_decay"):
+        asked.append("decoupled_weight_decay=False and a weight decay, as torch.optim.Adam has it")
+    if asked:
+        raise ValueError(f"a parameter group asks for {', '.join(asked)}, which these optimizers do not have")
+
+
+def _counts(steps: list[int]) -> Tensor:
+    return torch.tensor(steps, dtype=torch.float32, device="cpu")
 
 
 def _page_bytes(resident_bytes: int | None, group_bytes: int) -> int:

@@ -72,12 +72,44 @@ class PagedAdamW(PagedOptimizer):
 class PagedAdamW8bit(PagedAdamW):
     """PagedAdamW with state_bits=8, under the name that bitsandbytes has for it."""
 
-    def __init__(self, params: Iterable[Any], lr: float = 1e-3, **options: Any) -> None:
-        super().__init__(params, lr, **{"state_bits": 8, **options})
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        **options: Any,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, **{"state_bits": 8, **options})
 
 
 class AdamW(PagedAdamW):
-    """The same kernels and packed state without paging: everything stays resident."""
+    """The same kernels and packed state without paging: everything stays resident.
 
-    def __init__(self, params: Iterable[Any], lr: float = 1e-3, **options: Any) -> None:
-        super().__init__(params, lr, **options, _paged=False)
+    Args: as PagedAdamW's, but for resident_bytes and directory.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        state_bits: int = 32,
+        rounding: str = "nearest",
+        page_bytes: int | None = None,
+        min_8bit_size: int = MIN_8BIT_SIZE,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            *(params, lr, betas, eps, weight_decay),
+            state_bits=state_bits,
+            rounding=rounding,
+            page_bytes=page_bytes,
+            min_8bit_size=min_8bit_size,
+            seed=seed,
+            _paged=False,
+        )

@@ -60,5 +60,12 @@ class PagedLion(PagedOptimizer):
 class PagedLion8bit(PagedLion):
     """PagedLion with state_bits=8."""
 
-    def __init__(self, params: Iterable[Any], lr: float = 1e-4, **options: Any) -> None:
-        super().__init__(params, lr, **{"state_bits": 8, **options})
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(params, lr, betas, weight_decay, **{"state_bits": 8, **options})

@@ -58,13 +58,13 @@ class Run(NamedTuple):
             kept = [i for i, p in enumerate(self.parameters) if p in steps]
             if not kept:
                 return None
-            renumbered = torch.full((len(self.parameters),), -1)
-            renumbered[kept] = torch.arange(len(kept))
+            renumbered = torch.full((len(self.parameters),), -1, device="cpu")
+            renumbered[kept] = torch.arange(len(kept), device="cpu")
             index = renumbered[self.segments[:, PARAMETER]]
             segments = self.segments[index >= 0].clone()
             segments[:, PARAMETER] = index[index >= 0]
             run = self._replace(parameters=tuple(self.parameters[i] for i in kept), segments=segments)
-        numbers = torch.tensor([steps[p] for p in run.parameters])
+        numbers = torch.tensor([steps[p] for p in run.parameters], device="cpu")
         run.segments[:, STEP] = numbers[run.segments[:, PARAMETER]]
         return run
 
@@ -215,15 +215,16 @@ class PagedState:
     def read(self, parameter: Tensor) -> dict[str, Tensor]:
         """Copies of the parts of a parameter's state, flat, by the names of optim_state_parts."""
         arena, pieces = self._homes[parameter]
-        parts: dict[str, list[Tensor]] = {}
+        copies: dict[str, list[Tensor]] = {}
         for piece in pieces:
             with self._piece(arena, piece, dirty=False) as memory:
                 for part in self._parts(arena, piece):
                     copy = memory[part.offset : part.offset + part.bytes].clone()
-                    parts.setdefault(part.name, []).append(copy.view(part.dtype))
+                    copies.setdefault(part.name, []).append(copy.view(part.dtype))
         if not pieces:
-            return {part.name: torch.empty(0, dtype=part.dtype) for part in self._parts(arena, None)}
-        return {name: torch.cat(copies) for name, copies in parts.items()}
+            parts = self._parts(arena, None)
+            return {part.name: torch.empty(0, dtype=part.dtype, device=arena.device) for part in parts}
+        return {name: torch.cat(pieces_of) for name, pieces_of in copies.items()}
 
     def write(self, parameter: Tensor, values: Mapping[str, Tensor]) -> None:
         """Puts parts, as read() gives them, into the pages. What is not in `values` stays as it is."""
@@ -238,6 +239,21 @@ class PagedState:
                         first, last = first // optim_state.BLOCK, -(-last // optim_state.BLOCK)
                     source = values[part.name][first:last].to(arena.device, part.dtype).contiguous()
                     memory[part.offset : part.offset + part.bytes].copy_(source.view(torch.uint8))
+
+    def clear(self, parameter: Tensor) -> None:
+        """Makes a parameter's state zeros."""
+        arena, pieces = self._homes[parameter]
+        for piece in pieces:
+            with self._piece(arena, piece, dirty=True) as memory:
+                memory.zero_()
+
+    def op_of(self, parameter: Tensor) -> str:
+        """The kernel that updates a parameter."""
+        return self._homes[parameter][0].op
+
+    def names(self, parameter: Tensor) -> list[str]:
+        """Those of read()'s parts."""
+        return [part.name for part in self._parts(self._homes[parameter][0], None)]
 
     def evict(self) -> int:
         """Takes all state out of the devices' memory. Returns the bytes."""
@@ -309,7 +325,8 @@ class PagedState:
             for i, page in enumerate(pages)
             for p, piece in self._entries[arena.device, page]
         ]
-        return Run(arena, pages, tuple(index), torch.tensor(rows, dtype=torch.int64).reshape(-1, 7))
+        segments = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, len(COLUMNS))
+        return Run(arena, pages, tuple(index), segments)
 
     def _bytes(self, arena: Arena, count: int) -> int:
         return optim_state.optim_state_bytes(arena.op, count, arena.dtype, self.rounding)

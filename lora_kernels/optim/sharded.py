@@ -12,11 +12,14 @@ def local_of(tensor: Tensor) -> Tensor:
 
 
 def local_part(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """What of a tensor of the parameter's shape belongs to this process's part of the parameter."""
-    if hasattr(tensor, "to_local"):
-        return tensor.to_local()
+    """What of a tensor of the parameter's shape belongs to this process's part of the parameter: of a DTensor
+    that lies otherwise, a sum of which every process has a summand for one, after communication."""
     if not hasattr(parameter, "to_local"):
-        return tensor
+        return local_of(tensor)
+    if hasattr(tensor, "to_local"):
+        if tensor.placements != parameter.placements:
+            tensor = tensor.redistribute(placements=parameter.placements)
+        return tensor.to_local()
     from torch.distributed.tensor import distribute_tensor
 
     mesh = parameter.device_mesh

@@ -1,6 +1,6 @@
 """An optimizer's state as files have it: torch's names for 32-bit state, bitsandbytes' for 8-bit."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from lora_kernels import optim_state
 from lora_kernels.optim.sharded import local_of, local_part, sharded_like
 from lora_kernels.optim_state import dequantize_blockwise, dynamic_map, quantize_blockwise
 
-__all__ = ["entry_of", "flattened", "step_of", "values_of"]
+__all__ = ["entry_of", "flattened", "names_of", "step_of", "values_of"]
 
 # bitsandbytes hides what has not the parameter's shape in a dictionary of this name.
 NESTED = "__bnb_optimizer_quant_state__"
@@ -42,7 +42,8 @@ def entry_of(
         bits: of the optimizer: 32 names them as torch does, 8 as bitsandbytes does, state1, state2.
     """
     local = local_of(parameter)
-    entry: dict[str, Any] = {"step": torch.tensor(float(step)) if bits == 32 else step}
+    count = torch.tensor(step, dtype=torch.float32, device="cpu")
+    entry: dict[str, Any] = {"step": count if bits == 32 else step}
     for i, name in enumerate(states, 1):
         label = name if bits == 32 else f"state{i}"
         if name in parts:
@@ -56,6 +57,16 @@ def entry_of(
     if "compensation" in parts:
         entry["compensation"] = sharded_like(parts["compensation"].view(local.shape), parameter)
     return entry
+
+
+def names_of(parameter: Tensor, parts: Collection[str], states: tuple[str, ...], bits: int) -> list[str]:
+    """The names of entry_of's values, from the names of its parts."""
+    names = ["step"]
+    for i, name in enumerate(states, 1):
+        names.append(name if bits == 32 else f"state{i}")
+        if name not in parts and local_of(parameter) is parameter:
+            names += [f"absmax{i}", f"qmap{i}"]
+    return names + ["compensation"] * ("compensation" in parts)
 
 
 def values_of(

@@ -1,7 +1,8 @@
 """One process of a distributed training run: distributed.py KIND RANK PROCESSES STORE FOLDER BITS.
 
-KIND is ddp, fsdp, save or load: FSDP2 that saves a DCP checkpoint after three of six steps, and one that goes
-on from it. Process 0 writes the trained parameters to FOLDER/trained.pt.
+KIND is ddp, partial, fsdp, save or load: replicated DTensors whose gradients are sums over the processes;
+FSDP2 that saves a DCP checkpoint after three of six steps, and one that goes on from it. Process 0 writes the
+trained parameters to FOLDER/trained.pt.
 """
 
 import sys
@@ -72,6 +73,26 @@ def fsdp(rank: int, processes: int, folder: Path, kind: str, bits: int) -> dict[
     return {name: p.full_tensor().detach() for name, p in net.named_parameters()}
 
 
+def partial(rank: int, processes: int, bits: int) -> dict[str, Tensor]:
+    """As tensor parallelism has it for the weights of norms."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+
+    net, mesh = model(), init_device_mesh("cpu", (processes,))
+    whole = [nn.Parameter(distribute_tensor(p.detach(), mesh, [Replicate()])) for p in net.parameters()]
+    optimizer = lk.optim.PagedAdamW(whole, lr=1e-2, state_bits=bits, page_bytes=1 << 16)
+    for x, target in batches():
+        net.zero_grad()
+        (net(x[rank::processes]) - target[rank::processes]).square().mean().backward()
+        for p, q in zip(whole, net.parameters(), strict=True):
+            p.grad = DTensor.from_local(q.grad / processes, mesh, [Partial("sum")])
+        optimizer.step()
+        with torch.no_grad():
+            for p, q in zip(whole, net.parameters(), strict=True):
+                q.copy_(p.to_local())
+    return {name: p.detach() for name, p in net.named_parameters()}
+
+
 def main(kind: str, rank: int, processes: int, store: str, folder: Path, bits: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
@@ -79,6 +100,8 @@ def main(kind: str, rank: int, processes: int, store: str, folder: Path, bits: i
         net = nn.parallel.DistributedDataParallel(model())
         train(net, optimizer_of(net, bits), batches(), rank, processes)
         trained = {name: p.detach() for name, p in net.module.named_parameters()}
+    elif kind == "partial":
+        trained = partial(rank, processes, bits)
     else:
         trained = fsdp(rank, processes, folder, kind, bits)
     if rank == 0:

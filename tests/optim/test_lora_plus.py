@@ -20,7 +20,10 @@ def rates(groups):
 def test_the_groups_are_those_of_peft():
     peft_optimizers = pytest.importorskip("peft.optimizers")
     m = model()
-    m[3].bias.requires_grad_(True)  # a trained vector: no weight decay
+    m[3].bias.requires_grad_(True)  # no weight decay
+    m[2].requires_grad_(True)  # nor in a LayerNorm
+    m.append(nn.RMSNorm(4))  # decays, as DoRA's magnitudes do
+    m[1].lora_magnitude_vector = nn.ParameterDict({"default": nn.Parameter(torch.ones(16))})
     theirs = peft_optimizers.create_loraplus_optimizer(
         m, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=8.0, loraplus_weight_decay=0.1
     )

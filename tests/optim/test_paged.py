@@ -147,6 +147,34 @@ def test_a_step_whose_gradients_are_gone_is_not_completed(monkeypatch):
         optimizer.step()
 
 
+@pytest.mark.parametrize("how", ["dtype", "group"])
+def test_a_step_whose_parameters_have_moved_is_not_completed(how, monkeypatch):
+    """By kernels for what they were it would write over a neighbour's state."""
+    optimizer = lk.optim.PagedAdamW(parameters(), rounding="kahan")
+    with monkeypatch.context() as patch:
+        interrupted(patch, "adamw_step", 1, RuntimeError("broken"))
+        with pytest.raises(RuntimeError, match="broken"):
+            train(optimizer, gradients(1))
+    group = optimizer.param_groups[0]
+    p = group["params"][0]
+    if how == "dtype":
+        gradient, p.grad, p.data = p.grad, None, p.data.bfloat16()
+        p.grad = gradient.bfloat16()
+    else:
+        group["params"] = group["params"][1:]
+    with pytest.raises(
+        RuntimeError, match=r"of shape \(16, 1024\), has another dtype, device or group since"
+    ):
+        optimizer.step()
+    if how == "dtype":
+        p.grad, p.data = None, p.data.float()
+        p.grad = gradient
+    else:
+        group["params"] = [p, *group["params"]]
+    optimizer.step()
+    assert all(entry["step"] == 1 for entry in optimizer.state_dict()["state"].values())
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError("no page")])
 def test_out_of_memory_evicts_and_tries_once_more(monkeypatch, error, tmp_path):
     expected = train(lk.optim.PagedAdamW(parameters(), page_bytes=PAGE), gradients(2))
@@ -357,6 +385,82 @@ def test_memory_is_given_back():
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         lk.optim.PagedAdamW(parameters(), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": "1e-3"}, "lr is '1e-3', expected a number"),
+        ({"weight_decay": "1e-2"}, "weight_decay is '1e-2', expected a number"),
+        ({"eps": None}, "eps is None, expected a number"),
+        ({"betas": (0.9, "0.99")}, "betas is '0.99', expected a number"),
+    ],
+)
+def test_options_that_are_no_numbers_are_named(options, message):
+    with pytest.raises(TypeError, match=message):
+        lk.optim.PagedAdamW(parameters(), **options)
+    with pytest.raises(ValueError, match=r"betas is 0.9, expected two numbers in \[0, 1\)"):
+        lk.optim.PagedAdamW(parameters(), betas=0.9)
+
+
+def test_hyperparameters_come_in_torchs_order():
+    for kind in (lk.optim.PagedAdamW, lk.optim.PagedAdamW8bit, lk.optim.AdamW):
+        group = kind(parameters(), 0.5, (0.1, 0.2), 0.3, 0.4).param_groups[0]
+        assert [group[name] for name in ("lr", "betas", "eps", "weight_decay")] == [0.5, (0.1, 0.2), 0.3, 0.4]
+    with pytest.raises(TypeError, match="resident_bytes"):
+        lk.optim.AdamW(parameters(), resident_bytes=1)
+
+
+@pytest.mark.parametrize("option", ["maximize", "amsgrad", "differentiable"])
+def test_options_that_these_optimizers_do_not_have_are_refused_wherever_they_are_asked_for(option):
+    message = f"a parameter group asks for {option}, which these optimizers do not have"
+    with pytest.raises(ValueError, match=message):
+        lk.optim.PagedAdamW([{"params": parameters(), option: True}])
+    optimizer = lk.optim.PagedAdamW([{"params": parameters(), option: False}])
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": parameters(seed=5), option: True})
+    optimizer.param_groups[0][option] = True
+    with pytest.raises(ValueError, match=message):
+        train(optimizer, gradients(1))
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+@pytest.mark.parametrize("bits", [32, 8])
+def test_default_device_and_dtype_do_not_matter(device, bits):
+    expected = lk.optim.PagedAdamW(parameters(), state_bits=bits)
+    wanted = train(expected, gradients(2))
+    expected.load_state_dict(expected.state_dict())
+    optimizer = lk.optim.PagedAdamW(parameters(), state_bits=bits)
+    ps, steps = optimizer.param_groups[0]["params"], list(gradients(2))
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_device(device)
+    try:
+        for given in steps:
+            for p, gradient in zip(ps, given, strict=True):
+                p.grad = gradient
+            optimizer.step()
+        ps[0].grad = None
+        optimizer.step()  # of some of a run's parameters
+        for p in ps:
+            optimizer.state[p]["step"].fill_(1000)
+        optimizer.step()
+        saved = optimizer.state_dict()
+        optimizer.load_state_dict(saved)
+        copy.deepcopy(optimizer)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(dtype)
+    assert [int(entry["step"]) for entry in saved["state"].values()] == [1000] + [1001] * (len(ps) - 1)
+    assert same_bits([ps[0]], [wanted[0]])
+
+
+def test_a_step_is_not_captured_into_a_cuda_graph(monkeypatch):
+    optimizer = lk.optim.AdamW(parameters())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"):
+        train(optimizer, gradients(1))
 
 
 @pytest.mark.parametrize("name", ["resident_bytes", "page_bytes", "min_8bit_size", "seed"])

@@ -1,5 +1,6 @@
 """State that other optimizers have written, and what they make of ours."""
 
+import copy
 import errno
 import io
 import math
@@ -154,7 +155,7 @@ def test_other_groups_and_options_are_refused():
     with pytest.raises(ValueError, match="parameter group"):
         lk.optim.PagedAdamW(parameters()[:2]).load_state_dict(state)
     state["param_groups"][0]["maximize"] = True
-    with pytest.raises(ValueError, match="maximize=True, which PagedAdamW does not have"):
+    with pytest.raises(ValueError, match="asks for maximize"):
         optimizer.load_state_dict(state)
 
 
@@ -177,6 +178,24 @@ def test_hooks_see_and_change_whole_files():
     other.load_state_dict(state)
     assert seen[-1] == 8 and other.state_dict()["state"][0]["step"] == 8
     assert torch.equal(other.state_dict()["state"][0]["exp_avg"], state["state"][0]["exp_avg"])
+
+
+def test_copies_are_made_without_the_hooks_of_files():
+    optimizer = lk.optim.PagedAdamW(parameters())
+    steps = list(gradients(3))
+    train(optimizer, iter(steps[:2]))
+    optimizer.register_state_dict_post_hook(lambda _, state: {**state, "state": {}})
+    other = copy.deepcopy(optimizer)
+    assert same_bits(train(other, iter(steps[2:])), train(optimizer, iter(steps[2:])))
+
+
+def test_adam_with_decay_in_the_gradient_is_refused():
+    theirs = torch.optim.Adam(parameters(), weight_decay=0.1)
+    train(theirs, gradients(1))
+    with pytest.raises(ValueError, match="decoupled_weight_decay=False"):
+        lk.optim.PagedAdamW(parameters()).load_state_dict(theirs.state_dict())
+    theirs.param_groups[0]["weight_decay"] = 0.0
+    lk.optim.PagedAdamW(parameters()).load_state_dict(theirs.state_dict())
 
 
 def test_a_load_that_fails_half_way_leaves_the_optimizer_whole(monkeypatch, tmp_path):

@@ -50,7 +50,7 @@ def assert_same_trajectory(trained: dict, expected: dict, bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [32, 8])
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "partial", "fsdp"])
 def test_two_processes_train_as_one_does(kind, bits, tmp_path):
     assert_same_trajectory(run(kind, tmp_path, bits), alone(bits), bits)
 
