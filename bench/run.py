@@ -2,7 +2,8 @@
 
 Instead: --goals measures the goals table against every peer (bench/goals.py), --all-shapes every shape and
 number of tokens (bench/all_shapes.py), --step a whole fine-tune step (bench/finetune_step.py), --optim the
-optimizers (bench/optim_step.py); --compare holds this build against the stored baseline (bench/compare.py).
+optimizers (bench/optim_step.py), --crossovers the fused kernels against panels (bench/crossovers.py);
+--compare holds this build against the stored baseline (bench/compare.py).
 
 Raw numbers and table go to bench/results/<processor and cores>/<date>.json and .md. One thread for each
 core this process may use, bound to its core.
@@ -37,6 +38,9 @@ def main(argv: list[str]) -> int:
         action="store_true",
         help="optimizer steps, resident and paged, against torch's fused AdamW",
     )
+    parser.add_argument(
+        "--crossovers", action="store_true", help="the fused kernels against panels around torch's GEMM"
+    )
     arguments, rest = parser.parse_known_args(argv)
 
     sys.path.insert(0, str(ROOT))
@@ -52,6 +56,7 @@ def main(argv: list[str]) -> int:
     }
     modules = {"goals": "bench.goals", "compare": "bench.compare", "step": "bench.finetune_step"}
     modules |= {"all_shapes": "bench.all_shapes", "optim": "bench.optim_step"}
+    modules["crossovers"] = "bench.crossovers"
     module = next((name for flag, name in modules.items() if getattr(arguments, flag)), None)
     if module is not None:
         where = ["--results", str(arguments.results)]

@@ -101,9 +101,9 @@ int lk_cpu_lora_linear(const lk_matrix* x, int64_t tokens, const lk_base_weight*
 int64_t lk_cpu_lora_linear_workspace(int64_t tokens, int64_t in_features, int64_t rank);
 
 // The kernel that lora_linear and its backward take for so many tokens of `dtype` and such a base:
-// "few_tokens", "gemm" or "gemm_bf16"; and how many tokens share one decoding of W0 in the forward.
+// "few_tokens", "gemm" or "gemm_bf16"; and how many tokens share one decoding of W0.
 const char* lk_cpu_lora_linear_kernel(int64_t tokens, int dtype, const lk_base_weight* base,
-                                      int64_t* block_tokens);
+                                      int64_t* forward_tokens, int64_t* backward_tokens);
 
 // lora_linear_backward: with g = s/(1-p)·dy·B,
 //   dx [T, K] = dy·W0 + m⊙(g·A),  dA [r, K] = gᵀ·(m⊙x),  dB [N, r] = s/(1-p)·dyᵀ·h
@@ -241,7 +241,8 @@ void lk_optim_state_layout(int op, int64_t count, int dtype, int rounding, int64
                            int64_t* bytes);
 
 // The instruction set of the CPU kernels: the one in use, the highest this machine supports (of "portable",
-// "avx2", "avx512", "avx512bf16", "amx", each of which includes those before it), and the choice of another one.
+// "avx2", "avx512", "avx512bf16", "amx", each of which includes those before it), and the choice of another
+// one.
 const char* lk_cpu_isa(void);
 const char* lk_cpu_best_isa(void);
 int lk_cpu_select_isa(const char* name);

@@ -115,14 +115,16 @@ static PyObject* select_cpu_isa(PyObject*, PyObject* name) {
 
 // (tokens, dtype, in_features, blocksize; 0: dense) -> (kernel, tokens that share a decoding of W0)
 static PyObject* lora_linear_kernel(PyObject*, PyObject* args) {
-  long long tokens, in_features, blocksize;
+  long long tokens, out_features, in_features, blocksize;
   int dtype;
-  if (!PyArg_ParseTuple(args, "LiLL", &tokens, &dtype, &in_features, &blocksize)) return nullptr;
+  if (!PyArg_ParseTuple(args, "LiLLL", &tokens, &dtype, &out_features, &in_features, &blocksize))
+    return nullptr;
   const lk_nf4_weight nf4 = {nullptr, nullptr, nullptr, nullptr, blocksize};
-  const lk_base_weight base = {blocksize > 0 ? &nf4 : nullptr, {nullptr, dtype, 0}, 0, in_features};
-  int64_t block;
-  const char* kernel = lk_cpu_lora_linear_kernel(tokens, dtype, &base, &block);
-  return Py_BuildValue("sL", kernel, static_cast<long long>(block));
+  const lk_base_weight base = {
+      blocksize > 0 ? &nf4 : nullptr, {nullptr, dtype, 0}, out_features, in_features};
+  int64_t forward, backward;
+  const char* kernel = lk_cpu_lora_linear_kernel(tokens, dtype, &base, &forward, &backward);
+  return Py_BuildValue("sLL", kernel, static_cast<long long>(forward), static_cast<long long>(backward));
 }
 
 static PyObject* lora_linear_workspace(PyObject*, PyObject* args) {

@@ -113,7 +113,7 @@ void gemm_bf16(int64_t tokens, int64_t outputs, const Bf16Term* terms, int term_
   // spans the tokens are cut into groups, each of which decodes P for itself.
   const int64_t groups = std::min(ceil_div(tokens, kSpan), ceil_div(16, spans));
   const int64_t group_tokens = padded(ceil_div(tokens, groups), kPanel);
-  const int64_t grain = std::max<int64_t>(1, kTaskWork / std::max<int64_t>(1, span * inner));
+  const int64_t grain = std::max<int64_t>(1, kTaskWork / std::max<int64_t>(1, group_tokens * span * inner));
   const auto& decoder = gemm_kernels();
   const auto& kernels = bf16_kernels();
   parallel_for(spans * groups, grain, [&](int64_t begin, int64_t end) {

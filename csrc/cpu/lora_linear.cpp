@@ -71,11 +71,12 @@ extern "C" int64_t lk_cpu_lora_linear_workspace(int64_t tokens, int64_t in_featu
 }
 
 extern "C" const char* lk_cpu_lora_linear_kernel(int64_t tokens, int dtype, const lk_base_weight* base,
-                                                 int64_t* block_tokens) {
+                                                 int64_t* forward_tokens, int64_t* backward_tokens) {
   using namespace lk::cpu;
   const Product product = product_for(tokens, dtype, *base);
-  *block_tokens = product == Product::gemm_bf16 ? block_tokens_bf16(base->in_features)
-                                                : lk::cpu::block_tokens(base->in_features);
+  const auto block = product == Product::gemm_bf16 ? block_tokens_bf16 : block_tokens;
+  *forward_tokens = block(base->in_features);
+  *backward_tokens = block(base->out_features);
   return product == Product::few_tokens ? "few_tokens" : product == Product::gemm ? "gemm" : "gemm_bf16";
 }
 

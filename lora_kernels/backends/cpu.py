@@ -63,9 +63,11 @@ CROSSOVERS = (
     Crossover(
         torch.bfloat16,
         isa="amx",
-        tokens=512,
-        why="on two cores of a Xeon with AMX, NF4 4096x4096, by gemm_bf16 and by panels: forward of 64 "
-        "tokens 5.6 and 21.0 ms, of 512 1.14 and 1.18 and of 2048 1.20 and 1.06 times dense F.linear alone",
+        tokens=2048,
+        why="on two cores of a Xeon with AMX, NF4 4096x4096, gemm_bf16 and panels take 1.03 and 1.15 times "
+        "the time of dense F.linear alone for 1024 tokens, 1.14 and 1.02 for 2048, backward "
+        "1.30 and 1.29, 1.14 and 1.06 times that of dx alone "
+        "(bench/results/intel-xeon-processor-amx-2c/2026-11-28_090501_crossovers.md)",
     ),
 )
 
@@ -152,7 +154,10 @@ def explain(base: BaseWeight, tokens: int, dtype: torch.dtype) -> list[str]:
         lines = panels.explain(base, dtype, decoder=f"C++ nf4_dequantize ({cpu_isa()})")
     else:
         blocksize = base.blocksize if base.quantized else 0
-        fused, block = _C.lora_linear_kernel(tokens, _DTYPE_CODES[dtype], base.in_features, blocksize)
+        code, shape = _DTYPE_CODES[dtype], (base.out_features, base.in_features)
+        fused, block, backward = _C.lora_linear_kernel(tokens, code, *shape, blocksize)
+        if block != backward:
+            block = f"{block} (backward {backward})"
         lines = ["forward, backward: " + _FUSED[fused].format(isa=cpu_isa(), block=block)]
     n, k = base.out_features, base.in_features
     stored = sum(t.nbytes for t in base[:4] if t is not None)
