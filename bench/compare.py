@@ -11,12 +11,14 @@ On a machine that is shared, noise has one sign: a neighbour on the same core or
 which use all of either, for seconds or for minutes; and where a process's memory happens to lie is worth some
 percent of it. So a measurement is the best of PROCESSES, and what counts is the best of several measurements.
 The baseline, written by --update, is baseline.json in the folder of the machine under bench/results: for each
-call the mean of the second and third lowest ratios of several repeats, and how far they are apart (the lowest
-may be one whose yardstick was disturbed). A call has become
-slower where its ratio exceeds the baseline's by more than THRESHOLD_SPREADS spreads and by more than
-LEAST_THRESHOLD, in each of ATTEMPTS measurements.
+call the ratios of several repeats. What counts of them is the mean of the second and third lowest (the lowest
+may be one whose yardstick was disturbed), and how far above the second lowest the median is: where half of
+the repeats lie apart, the speed of the machine itself changes. A call has become slower where its ratio
+exceeds the baseline's by more than THRESHOLD_SPREADS spreads and by more than LEAST_THRESHOLD, in each of
+ATTEMPTS measurements. One of which 10 % could not be told so is not judged.
 
-Exit status: 0 no regression, 1 a regression, 2 no baseline of this kind of machine.
+Exit status: 0 no regression, 1 a regression, 2 no baseline of this kind of machine, or none that can be
+judged.
 """
 
 import argparse
@@ -55,7 +57,7 @@ class Statistic(NamedTuple):
     """Of the ratios of several repeats, of which noise has raised most."""
 
     ratio: float  # mean of the second and third lowest
-    spread: float  # how far these are apart, relative
+    spread: float  # how far the median is above the second lowest, relative
 
     @property
     def threshold(self) -> float:
@@ -66,7 +68,7 @@ class Statistic(NamedTuple):
 def statistic(ratios: list[float]) -> Statistic:
     second, third = sorted(ratios)[1:3]
     middle = (second + third) / 2
-    return Statistic(middle, (third - second) / middle)
+    return Statistic(middle, (statistics.median(ratios) - second) / middle)
 
 
 def excess(baseline: Statistic, ratio: float) -> float:
@@ -176,13 +178,13 @@ def update(path: Path, repeats: int, only: str) -> int:
             ratios[str(case)].append(fresh_ratio(case))
     before = json.loads(path.read_text())["cases"] if path.exists() else {}
     cases = {str(case): before[str(case)] for case in CASES if str(case) in before}
-    cases |= {name: statistic(values)._asdict() | {"repeats": values} for name, values in ratios.items()}
+    cases |= {name: {"repeats": values} for name, values in ratios.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": machine.describe_cpu(), "cases": cases}, indent=1) + "\n")
     for name, entry in cases.items():
-        threshold = Statistic(entry["ratio"], entry["spread"]).threshold
-        noisy = "  TOO NOISY to tell 10 %" if threshold > MOST_THRESHOLD else ""
-        print(f"{name:<32} {entry['ratio']:.3f} of dense, threshold {threshold:.1%}{noisy}")
+        found = statistic(entry["repeats"])
+        noisy = "  TOO NOISY to tell 10 %" if found.threshold > MOST_THRESHOLD else ""
+        print(f"{name:<32} {found.ratio:.3f} of dense, threshold {found.threshold:.1%}{noisy}")
     print(f"written: {path}")
     return 0
 
@@ -195,17 +197,18 @@ def compare(path: Path) -> int:
         )
         return 2
     stored = json.loads(path.read_text())["cases"]
-    slower = []
+    slower, judged = [], 0
     for case in CASES:
         if str(case) not in stored:
             print(f"{case!s:<32} not in the baseline")
             continue
-        baseline = Statistic(stored[str(case)]["ratio"], stored[str(case)]["spread"])
+        baseline = statistic(stored[str(case)]["repeats"])
         if baseline.threshold > MOST_THRESHOLD:
             print(
                 f"{case!s:<32} not judged: its baseline varies too much to tell 10 % ({baseline.spread:.1%})"
             )
             continue
+        judged += 1
         worse, seen = verdict(baseline, lambda case=case: fresh_ratio(case))
         attempts = ", ".join(f"{value:+.1%}" for value in seen)
         print(
@@ -213,6 +216,9 @@ def compare(path: Path) -> int:
         )
         if worse:
             slower.append(str(case))
+    if not judged:
+        print("bench.compare: error: no call can be judged on so noisy a machine", file=sys.stderr)
+        return 2
     print(f"slower than the baseline: {', '.join(slower)}" if slower else "no regression")
     return 1 if slower else 0
 

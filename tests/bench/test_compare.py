@@ -10,6 +10,7 @@ import pytest
 from bench.compare import (
     ATTEMPTS,
     LEAST_THRESHOLD,
+    MOST_THRESHOLD,
     THRESHOLD_SPREADS,
     Statistic,
     excess,
@@ -27,15 +28,18 @@ def noisy(rng: random.Random, ratio: float, spread: float):
 @pytest.mark.parametrize("spread", [0.002, 0.005, 0.01])
 def test_ten_percent_are_caught_and_noise_is_not(spread, seed):
     rng = random.Random(seed)
-    false, caught, runs = 0, 0, 1500
+    false, caught, judged, runs = 0, 0, 0, 1500
     for _ in range(runs):
         clean, slower = noisy(rng, 0.5, spread), noisy(rng, 0.55, spread)
         baseline = statistic([clean() for _ in range(9)])
+        if baseline.threshold > MOST_THRESHOLD:
+            continue
+        judged += 1
         false += verdict(baseline, clean, pause_s=0)[0]
         caught += verdict(baseline, slower, pause_s=0)[0]
-    assert false <= 0.01 * runs
-    # Of 10,000 baselines 0.7, 0.7 and 1.1 % had too many disturbed repeats to tell; five deviations off.
-    assert caught >= {0.002: 0.98, 0.005: 0.98, 0.01: 0.974}[spread] * runs
+    assert judged >= 0.75 * runs
+    assert false <= 0.01 * judged
+    assert caught >= 0.98 * judged
 
 
 def test_a_regression_must_show_in_every_attempt():
@@ -49,11 +53,21 @@ def test_a_regression_must_show_in_every_attempt():
     assert slower and len(seen) == ATTEMPTS
 
 
+def test_a_machine_whose_own_speed_changes_is_not_judged(seed):
+    """Half of the time slower by a tenth or more, for as long as a measurement takes."""
+    rng = random.Random(seed)
+    judged = 0
+    for _ in range(500):
+        ratios = [rng.gauss(1, 0.005) * (1.0 if i < 4 else rng.uniform(1.1, 1.4)) for i in range(9)]
+        judged += statistic(ratios).threshold <= MOST_THRESHOLD
+    assert judged == 0
+
+
 def test_the_threshold_follows_the_spread():
     """The lowest does not count: its yardstick may have been disturbed."""
-    quiet, wild = statistic([1.3, 0.7, 1.0, 1.0]), statistic([1.1, 0.9, 2.0, 0.1])
+    quiet, wild = statistic([1.3, 0.7, 1.0, 1.0]), statistic([1.1, 0.9, 1.3, 0.1])
     assert quiet == (1.0, 0.0) and quiet.threshold == LEAST_THRESHOLD
-    assert wild.ratio == pytest.approx(1.0) and wild.threshold == pytest.approx(THRESHOLD_SPREADS * 0.2)
+    assert wild.ratio == pytest.approx(1.0) and wild.threshold == pytest.approx(THRESHOLD_SPREADS * 0.1)
 
 
 def test_rounds_are_interleaved_and_calls_that_warm_up_are_not_timed():
