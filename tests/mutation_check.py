@@ -381,7 +381,13 @@ MUTATIONS = [
     Mutation("no alpha", PANELS, "beta=beta, alpha=s, out=out", "beta=beta, alpha=scaling, out=out", T_LORA),
     Mutation("bias dropped", PANELS, "beta = 0 if start is None else 1", "beta = 0", T_LORA),
     Mutation("dx mask missing", PANELS, "kernels.lora_dropout(dx, dropout_p, rng, 0, dx)", "pass", T_LORA),
-    Mutation("dx head missing", PANELS, "torch.mm(g, lora_A.to(dy.dtype), out=dx)", "dx.zero_()", T_LORA),
+    Mutation(
+        "dx head missing",
+        PANELS,
+        "torch.mm(zero_behind_rows(g), lora_A.to(dy.dtype), out=dx)",
+        "dx.zero_()",
+        T_LORA,
+    ),
     Mutation(
         "dA of undropped x",
         PANELS,

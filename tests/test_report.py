@@ -8,7 +8,7 @@ from variants import variant
 
 import lora_kernels as lk
 from lora_kernels import panels
-from lora_kernels.backends.cuda import CROSSOVERS, CudaBackend
+from lora_kernels.backends.cuda import CROSSOVERS, FUSED_H, GRADIENT_OF_H, CudaBackend
 from lora_kernels.backends.native import CPU_ISAS
 from lora_kernels.base_weight import BaseWeight
 
@@ -73,6 +73,21 @@ def test_explain_tells_the_size_of_a_gpus_panels():
         base = BaseWeight(packed, packed, packed, packed, 64, n, k)
         for line in simt_backend.backend.explain(base, 4096, torch.bfloat16)[:2]:
             assert f"{count} panel(s)" in line and f"workspace of {mib:.1f} MiB" in line, line
+
+
+def test_crossovers_of_a_gpu_say_what_they_come_from_and_hold_where_they_say():
+    for row in (*CROSSOVERS, FUSED_H, GRADIENT_OF_H):
+        assert "not measured" in row.why or "bench/results" in row.why, row
+    for op in ("lora_linear", "lora_linear_backward"):  # for every GPU and weight there is a row
+        assert any(row.op == op and row.capability == 0 and row.weights == 0 for row in CROSSOVERS)
+    mixed = next(row for row in CROSSOVERS if row.kernel == "lora_linear_mixed")
+    special = mixed._replace(tokens=mixed.tokens + 100, capability=90, weights=1 << 20, why="special")
+    backend = CudaBackend(simt_backend.backend._launchers, "forced", (special, *CROSSOVERS))
+    for capability, n, holds in ((90, 1024, True), (80, 1024, False), (90, 512, False)):
+        with variant(f"simt-{capability}"):
+            base = lk.nf4_quantize(torch.randn(n, 1024).bfloat16()).base_weight()
+            text = "\n".join(backend.explain(base, mixed.tokens + 50, torch.bfloat16))
+        assert ("special" in text) == holds == ("CUDA lora_linear_mixed: one launch" in text)
 
 
 def test_a_gpus_workspace_is_the_one_that_its_backend_says(monkeypatch):

@@ -167,6 +167,46 @@ def test_an_adapter_may_lie_anywhere(launched):
         torch.testing.assert_close(got, want, rtol=0.02, atol=0.02 * float(want.detach().abs().max()))
 
 
+@pytest.mark.parametrize("nf4", [True, False])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_split_sums_have_one_order(nf4, capability):
+    """Slices of K, of N for dx, and strips of tokens meet through memory, whoever arrives last: on as many
+    multiprocessors as an H100's, in ten orders of blocks."""
+    torch.manual_seed(0)
+    n, k, r, scratch = 1024, 2048, 8, []
+    weight = (torch.randn(n, k) * k**-0.5).bfloat16()
+    weight = lk.nf4_quantize(weight) if nf4 else weight
+    leaves = [torch.randn(shape).bfloat16().requires_grad_() for shape in ((40, k), (r, k), (n, r))]
+    dy, rng = torch.randn(40, n).bfloat16(), torch.tensor([3, 0])
+    launchers = simt_backend.backend._launchers
+
+    def step(p):
+        y = lk.lora_linear(leaves[0], weight, *leaves[1:], dropout_p=p, rng=rng if p else None)
+        return [y, *torch.autograd.grad(y, leaves, dy)]
+
+    with variant(f"simt-{capability}"), pytest.MonkeyPatch.context() as patch:
+        for name in ("_mixed_scratch", "_backward_dx_scratch", "_shrink_scratch"):
+            whole = getattr(launchers, name)
+
+            def asked(*args, name=name, whole=whole):
+                workspace, counters = whole(*args)
+                scratch.append((name, counters > 0))
+                return workspace, counters
+
+            patch.setattr(launchers, name, asked)
+        simt_backend.pretend(132, capability)
+        for p in (0.0, 0.2):
+            results = []
+            for seed in range(10):
+                simt_backend.set_seed(seed)
+                results.append(step(p))
+            for other in results[1:]:
+                assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert set(scratch) == {
+        (name, True) for name in ("_mixed_scratch", "_backward_dx_scratch", "_shrink_scratch")
+    }
+
+
 def test_only_what_is_needed_is_launched(launched):
     with variant("simt-80"):
         layer = layer_of(Step(40, 8, 0.0))

@@ -39,12 +39,18 @@ __all__ = [
 
 
 class Crossover(NamedTuple):
-    """Up to `tokens` tokens `op` is computed by `kernel`, on any GPU that the package runs on."""
+    """Up to `tokens` tokens `op` is computed by `kernel`.
+
+    capability: of the GPUs from which on (10 * major + minor) the row holds; weights: N·K from which on. The
+    first row of a kernel that fits counts.
+    """
 
     op: str
     kernel: str
     tokens: int
-    why: str
+    why: str  # a measurement, or "model, not measured"
+    capability: int = 0
+    weights: int = 0
 
 
 class RankCrossover(NamedTuple):
@@ -59,7 +65,13 @@ class RankCrossover(NamedTuple):
 
 # From few tokens to many; behind the last one, panels around torch's GEMM.
 CROSSOVERS = (
-    Crossover("lora_linear", "lora_linear_decode", MOST_DECODE_TOKENS, "its tile is 8 tokens wide"),
+    Crossover(
+        "lora_linear",
+        "lora_linear_decode",
+        MOST_DECODE_TOKENS,
+        "model, not measured: its tile is 8 tokens wide, and up to there one pass over W0, bound by memory, "
+        "is all that there is to do",
+    ),
     Crossover(
         "lora_linear",
         "lora_linear_mixed",
@@ -83,6 +95,14 @@ Model, not measured: the GEMM of a panel has to fill the multiprocessors. Of a 4
 8 MiB are 320 rows, for 2048 tokens 3 x 16 blocks of 128 x 128 for the 132 of an H100; 64 MiB are 2048 rows,
 256 blocks.
 """
+
+FUSED_H = RankCrossover(
+    "h",
+    "lora_linear_mixed",
+    MOST_FUSED_RANK,
+    "lora_shrink",
+    "by its registers, not measured: the sums of h of 16 ranks lie beside those of y, and no more are left",
+)
 
 GRADIENT_OF_H = RankCrossover(
     "g",
@@ -171,7 +191,7 @@ class CudaBackend:
         elif kernel == "lora_linear_decode" and dropout_p == 0:
             self._launchers.lora_linear_decode(x, base, lora_A, lora_B, scaling, bias, y, h)
         else:
-            h_given = lora_A is not None and (dropout_p > 0 or h.shape[1] > MOST_FUSED_RANK)
+            h_given = lora_A is not None and (dropout_p > 0 or h.shape[1] > FUSED_H.rank)
             if h_given:
                 self._launchers.lora_shrink(x, [lora_A], dropout_p, rng, h)
             arguments = (x, base, lora_A, lora_B, scaling / (1 - dropout_p), bias, y, h, h_given)
@@ -328,11 +348,17 @@ class CudaBackend:
         reason = self._launchers.why_not_fused(base, dtype, rank, *others)
         if reason is not None:
             return "panels", reason
-        rows = [crossover for crossover in self._crossovers if crossover.op == op]
-        for crossover in rows:
-            if tokens <= crossover.tokens:
-                return crossover.kernel, f"up to {crossover.tokens} tokens: {crossover.why}"
-        return "panels", f"more than {rows[-1].tokens} tokens: {rows[-1].why}"
+        capability = self._launchers.capability(base.data.device)
+        weights = base.out_features * base.in_features
+        rows: dict[str, Crossover] = {}
+        for row in self._crossovers:
+            if row.op == op and row.capability <= capability and row.weights <= weights:
+                rows.setdefault(row.kernel, row)
+        for row in rows.values():
+            if tokens <= row.tokens:
+                return row.kernel, f"up to {row.tokens} tokens: {row.why}"
+        last = list(rows.values())[-1]
+        return "panels", f"more than {last.tokens} tokens: {last.why}"
 
     def explain(self, base: BaseWeight, tokens: int, dtype: torch.dtype) -> list[str]:
         decoder = f"CUDA nf4_dequantize ({self._archs or 'not built'})"

@@ -116,6 +116,10 @@ class CudaLaunchers:
         )
         raise_for(status, "nf4_dequantize", "out", out.dtype, self._failure)
 
+    def capability(self, device: torch.device) -> int:
+        """Of a device, as far as the library has code for it: 10 * major + minor."""
+        return self._capability(device)
+
     def clustered(self, device: torch.device) -> bool:
         """Whether the slices of lora_linear_decode meet in a cluster on this device."""
         return self._capability(device) >= 90
