@@ -5,7 +5,7 @@ import collections
 import functools
 import math
 import numbers
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,11 @@ class PagedOptimizer(torch.optim.Optimizer):
     def _reset(self) -> None:
         self._paged_state = PagedState(**self._settings)
         self._steps: dict[Tensor, int] = {}  # each parameter's last whole step
-        self._hide_steps()
+        self._counts, self._told = (
+            _counts([]),
+            [],
+        )  # the same numbers; state[p]["step"] are views of the first
+        self._recount = False  # whether they are of other parameters than self._steps
         self._sharded = False  # whether a parameter is a DTensor
         self._tick = 0  # of the pages: the last whole step of the optimizer
         self._pending: dict[Tensor, int] | None = None  # of a step that has begun: each parameter's number
@@ -152,46 +156,44 @@ class PagedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._pending is None:
-            self._pending = self._begin()
-        else:
-            self._check_pending(self._pending)
         try:
-            self._pass()
+            self._attempt()
         except (torch.OutOfMemoryError, MemoryError):
             self.evict()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            self._pass()
-        self._end()
+            self._attempt()
         return loss
+
+    def _attempt(self) -> None:
+        if self._pending is None:
+            self._pending = self._begin()
+        else:
+            self._check_pending(self._pending)
+        self._pass()
+        self._steps.update(self._pending)
+        self._show()
+        self._tick += 1
+        self._pending = None
 
     def _begin(self) -> dict[Tensor, int]:
         """The parameters that have a step to make, all with room for their state, and the step's number."""
-        in_place = self._counts._version != self._shown  # a step number was changed
-        if in_place and len(self._counts) == len(self._steps):
-            for p, count in zip(self._steps, self._counts.tolist(), strict=True):
-                self._steps[p] = state_format.step_of({"step": count})
-        steps: dict[Tensor, int] = {}
-        number = -1
-        for index, group in enumerate(self.param_groups):
+        for group in self.param_groups:
             _check_hyperparameters(group)
-            for p in group["params"]:
-                number += 1
-                if p.grad is None:
-                    continue
-                self._take_in(p, index, number)
-                if p.grad.layout != torch.strided:
-                    raise RuntimeError(
-                        f"{type(self).__name__} does not take sparse gradients, and a parameter of shape "
-                        f"{tuple(p.shape)} has one; torch.optim.SparseAdam does"
-                    )
-                if p not in self._paged_state:
-                    self._place(self._paged_state, p, index, number)
-                elif not self._paged_state.fits(p, local_of(p) if self._sharded else p, index):
-                    self._move()
-                    return self._begin()
-                steps[p] = self._steps.get(p, 0) + 1
+        self._take_in_all()
+        steps: dict[Tensor, int] = {}
+        for number, (index, p) in enumerate(_numbered(self.param_groups)):
+            if p.grad is None:
+                continue
+            if p.grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"{type(self).__name__} does not take sparse gradients, and a parameter of shape "
+                    f"{tuple(p.shape)} has one; torch.optim.SparseAdam does"
+                )
+            if p not in self._paged_state:
+                self._place(self._paged_state, p, index, number)
+            steps[p] = self._steps.get(p, 0) + 1
+        self._recount |= not self._steps.keys() >= steps.keys()
         return steps
 
     def _check_pending(self, pending: dict[Tensor, int]) -> None:
@@ -209,31 +211,70 @@ class PagedOptimizer(torch.optim.Optimizer):
                     f"the last step was cut short, and a parameter of it, of shape {tuple(p.shape)}, has "
                     "another dtype, device or group since: put it back and call step() to complete it first"
                 )
+            entry = self.state.get(p)
+            if p in self._steps and not (
+                isinstance(entry, StateEntry) and entry.owner is p and not entry.open
+            ):
+                raise RuntimeError(
+                    "the last step was cut short, and state[p] of a parameter of it, of shape "
+                    f"{tuple(p.shape)}, was changed since: close() forgets all state, or load a state_dict"
+                )
 
-    def _take_in(self, p: Tensor, group: int, number: int) -> None:
-        """Makes what stands in state[p] the state of p, where that is not what its pages have."""
-        entry = self.state.get(p)
-        if type(entry) is StateEntry and not entry.touched:
+    def _take_in_all(self) -> None:
+        """Makes what stands in `state` the state, where that is not what the pages have, and brings state to
+        where its parameters belong now."""
+        placed = 0
+        for index, p in _numbered(self.param_groups):
+            if p in self._paged_state:
+                placed += 1
+                if not self._paged_state.fits(p, local_of(p) if self._sharded else p, index):
+                    placed = -1
+                    break
+        counts = self._counts.tolist()
+        if not self._recount and counts != self._told:  # changed in place
+            for p, count in zip(list(self._steps), counts, strict=True):
+                self._steps[p] = state_format.step_of({"step": count})
+        for number, (index, p) in enumerate(_numbered(self.param_groups)):
+            entry = self.state.get(p)
+            if type(entry) is StateEntry and entry.owner is p and not entry.open:
+                continue
+            if entry:
+                self._take_in(p, entry, index, number)
+            elif p in self._steps:  # its state was cleared
+                self._forget(p)
+        if placed != len(self._paged_state):
+            self._move()
+
+    def _take_in(self, p: Tensor, entry: dict[str, Any], group: int, number: int) -> None:
+        """Makes state[p] the state of p."""
+        own = type(entry) is StateEntry and entry.owner is p
+        if own and self._sharded and self._state_bits == 8 and not entry.changed():
+            entry.close()  # its moments are float32: to quantise them again would change them
             return
-        if not entry:
-            if p in self._steps:  # its state was cleared
-                del self._steps[p]
-                self._paged_state.clear(p)
-                self._hide_steps()
+        given = state_format.flattened(dict(entry))
+        known = {"step", *self._states, *(f"state{i}" for i in range(1, len(self._states) + 1))}
+        if not known & given.keys():
+            if p in self._steps:
+                self._forget(p)
             return
-        changed = entry.changed() if isinstance(entry, StateEntry) else state_format.flattened(entry)
-        if set(changed) - {"step"}:
-            whole = state_format.flattened(entry)
-            if p not in self._paged_state:
-                self._place(self._paged_state, p, group, number)
+        if p not in self._paged_state:
+            self._place(self._paged_state, p, group, number)
+        if known & given.keys() != {"step"}:
             eight = self._paged_state.op_of(p) == self._ops[1]
-            self._paged_state.write(p, state_format.values_of(p, whole, self._states, eight))
-        if "step" in changed:
-            self._steps[p] = state_format.step_of(changed)
-        if isinstance(entry, StateEntry):
-            entry.forget()
-        else:
-            self._hide_steps()  # the entries are made anew
+            self._paged_state.write(p, state_format.values_of(p, given, self._states, eight))
+        self._recount |= p not in self._steps
+        self._steps[p] = state_format.step_of(given)
+        if own:
+            entry.close()
+            return
+        self._renew(p)
+        self._recount = True
+
+    def _forget(self, p: Tensor) -> None:
+        self._paged_state.clear(p)
+        self._recount = True
+        del self._steps[p]
+        self.state.pop(p, None)
 
     def _move(self) -> None:
         """Brings the state of parameters to where they belong now.
@@ -253,10 +294,12 @@ class PagedOptimizer(torch.optim.Optimizer):
             raise
         left, self._paged_state = self._paged_state, moved
         left.close()
+        self._recount = True
         for p in [p for p in self._steps if p not in moved]:
             del self._steps[p]
             self.state.pop(p, None)
-        self._hide_steps()
+        for p in self._steps:  # the names may be others
+            self._renew(p)
 
     def _place(self, paged_state: PagedState, parameter: Tensor, group: int, number: int) -> str:
         """Makes room for a parameter's state, zeros. Returns the kernel that will update it."""
@@ -304,31 +347,36 @@ class PagedOptimizer(torch.optim.Optimizer):
         if self._sharded:
             torch.autograd.graph.increment_version(run.parameters)
 
-    def _end(self) -> None:
-        assert self._pending is not None
-        self._steps.update(self._pending)
-        self._show_steps()
-        self._tick += 1
-        self._pending = None
+    def _renew(self, p: Tensor) -> StateEntry:
+        """A new entry for p, with what stands in the old one under other names."""
+        names = state_format.names_of(p, self._paged_state.names(p), self._states, self._state_bits)
+        made, old = StateEntry.of(p, names, functools.partial(self._entry, p)), self.state.get(p, {})
+        for name in old:
+            if name not in state_format.NAMES and name not in made:
+                made[name] = old[name]
+        self.state[p] = made
+        return made
 
-    def _hide_steps(self) -> None:
-        self._counts = _counts([])  # the numbers of steps, of which state[p]["step"] are views
-        self._shown = self._counts._version
-
-    def _show_steps(self) -> None:
-        """Makes state[p] of every parameter that has had a step."""
-        counts = _counts(list(self._steps.values()))
-        if len(counts) == len(self._counts):
-            self._counts.copy_(counts)
-            self._shown = self._counts._version
+    def _show(self) -> None:
+        """Makes state[p] of every parameter that has had a step tell its number."""
+        self._told = list(self._steps.values())
+        if not self._recount:
+            self._counts.copy_(_counts(self._told))
             return
-        self._counts, self._shown = counts, counts._version
+        self._counts = _counts(self._told)
         for i, p in enumerate(self._steps):
-            names = state_format.names_of(p, self._paged_state.names(p), self._states, self._state_bits)
-            self.state[p] = StateEntry(counts[i], names, functools.partial(self._entry, p))
+            entry = self.state.get(p)
+            if not (type(entry) is StateEntry and entry.owner is p):
+                entry = self._renew(p)
+            entry.show_step(self._counts[i])
+        self._recount = False
 
     def _entry(self, p: Tensor) -> dict[str, Any]:
         """What a file says of a parameter."""
+        if self._pending is not None:
+            raise RuntimeError(
+                "the last step was cut short: call step() to complete it before its state is read"
+            )
         parts = self._paged_state.read(p)
         return state_format.entry_of(p, parts, self._states, self._state_bits, self._steps[p])
 
@@ -369,6 +417,9 @@ class PagedOptimizer(torch.optim.Optimizer):
         """
         if self._pending is not None:
             raise RuntimeError("the last step was cut short: call step() to complete it before saving")
+        with torch.no_grad():
+            self._take_in_all()
+            self._show()
 
         def fill(_: torch.optim.Optimizer, packed: dict[str, Any]) -> None:
             packed["state"] = {}
@@ -411,9 +462,9 @@ class PagedOptimizer(torch.optim.Optimizer):
                     group.setdefault(key, value)
             self._paged_state.close()
             self._paged_state, self._steps = loaded.pop()
-            self._pending = None
-            self._hide_steps()
-            self._show_steps()
+            self._pending, self._recount = None, True
+            self.state.clear()
+            self._show()
 
         # Behind the hooks that may change the file, and before those that are to see what was loaded.
         before = self.register_load_state_dict_pre_hook(convert)
@@ -447,6 +498,9 @@ class PagedOptimizer(torch.optim.Optimizer):
         """For pickle and copy: the settings and all state, out of its pages."""
         if self._pending is not None:
             raise RuntimeError("the last step was cut short: call step() to complete it before copying")
+        with torch.no_grad():
+            self._take_in_all()
+            self._show()
         entries = {
             i: self._entry(p) for i, p in enumerate(_parameters(self.param_groups)) if p in self._steps
         }
@@ -466,8 +520,8 @@ class PagedOptimizer(torch.optim.Optimizer):
         self._paged_state, self._steps = self._loaded(
             {parameters[number]: state_format.flattened(entry) for number, entry in entries.items()}
         )
-        self.state = collections.defaultdict(dict)
-        self._show_steps()
+        self.state, self._recount = collections.defaultdict(dict), True
+        self._show()
 
 
 _SETTINGS = (
@@ -504,7 +558,15 @@ def _check_options(group: dict[str, Any]) -> None:
 
 
 def _counts(steps: list[int]) -> Tensor:
-    return torch.tensor(steps, dtype=torch.float32, device="cpu")
+    with torch.inference_mode(False):  # they are changed in place for as long as the optimizer lives
+        return torch.tensor(steps, dtype=torch.float32, device="cpu")
+
+
+def _numbered(groups: list[dict[str, Any]]) -> Iterator[tuple[int, Tensor]]:
+    """Every parameter with the number of its group."""
+    for index, group in enumerate(groups):
+        for p in group["params"]:
+            yield index, p
 
 
 def _page_bytes(resident_bytes: int | None, group_bytes: int) -> int:

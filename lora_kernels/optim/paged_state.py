@@ -111,6 +111,10 @@ class PagedState:
         self._held: dict[tuple[torch.device, tuple[int, ...]], list[Tensor]] = {}
         self._unsettled = False  # an exception, a signal's for one, came between a pin and the note of it
 
+    def __len__(self) -> int:
+        """Parameters."""
+        return len(self._homes)
+
     def __contains__(self, parameter: Tensor) -> bool:
         return parameter in self._homes
 

@@ -1,6 +1,6 @@
 """What state[p] of a paged optimizer is."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -9,56 +9,72 @@ __all__ = ["StateEntry"]
 
 
 class StateEntry(dict[str, Any]):
-    """A parameter's state as torch's optimizers show it, of which only "step" is here.
+    """A parameter's state as torch's optimizers show it, whose moments lie in pages.
 
-    The other values are copied out of the pages when one of them is asked for. The copies are kept until the
-    optimizer's next step, which takes in what has been changed in them or put in their place.
-
-    Args:
-        step: fp32, a view of the optimizer's.
-        names: of everything in the entry.
-        read: gives all values.
+    Closed, it has the step's number alone, and None for the rest. Where anything else is asked for or
+    changed, it is opened: all values are copied out of the pages, and it is a dictionary like any other until
+    the optimizer takes in what it holds, and closes it. Names that are not the optimizer's are left alone.
     """
 
-    def __init__(self, step: Tensor, names: Sequence[str], read: Callable[[], dict[str, Any]]) -> None:
-        super().__init__(dict.fromkeys(names))
-        super().__setitem__("step", step)
-        self._step, self._read = step, read
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """A dictionary like any other; `of` makes those of an optimizer."""
+        super().__init__(*args, **kwargs)
+        self.owner: Tensor | None = None
+        self.open = False
+        self._names: tuple[str, ...] = ()
+        self._read: Callable[[], dict[str, Any]] | None = None
+        self._step: Tensor | None = None
         self._copies: dict[str, tuple[Any, int | None]] = {}  # and their versions when they were made
-        self.touched = False  # whether anything was asked for or put here since the last step
 
-    def changed(self) -> dict[str, Any]:
-        """What is not as the pages have it."""
-        found: dict[str, Any] = {}
-        for name, value in super().items():
-            copy, version = self._copies.get(name, (None, None))
-            own = self._step if name == "step" else copy
-            if value is not own or (isinstance(copy, Tensor) and copy._version != version):
-                found[name] = value
-        return found
+    @classmethod
+    def of(cls, owner: Tensor, names: Iterable[str], read: Callable[[], dict[str, Any]]) -> "StateEntry":
+        """That of a parameter. names: of its values, "step" among them; read: gives all but the step."""
+        entry = cls(dict.fromkeys(names))
+        entry.owner, entry._names, entry._read = owner, tuple(entry), read
+        return entry
 
-    def forget(self) -> None:
+    def show_step(self, step: Tensor) -> None:
+        self._step = step
+        super().__setitem__("step", step)
+
+    def changed(self) -> bool:
+        """Whether it is not as it was when it was opened, as far as identities and versions tell."""
+        return self.open and not all(
+            super(StateEntry, self).get(name) is value and (version is None or value._version == version)
+            for name, (value, version) in {**self._copies, "step": (self._step, None)}.items()
+        )
+
+    def close(self) -> None:
         """Lets go of the copies: the pages have what they say."""
-        super().update(dict.fromkeys(self._copies))
+        super().update(dict.fromkeys(self._names))
         super().__setitem__("step", self._step)
-        self._copies, self.touched = {}, False
+        self._copies, self.open = {}, False
+
+    def _make_open(self) -> None:
+        if self.open or self._read is None:
+            return
+        values = self._read()
+        for name in self._names:
+            if name != "step":
+                super().__setitem__(name, values[name])
+                version = values[name]._version if isinstance(values[name], Tensor) else None
+                self._copies[name] = values[name], version
+        self.open = True
 
     def __getitem__(self, name: str) -> Any:
-        value = super().__getitem__(name)
-        if value is not None or name == "step":
-            return value
-        if not self._copies:
-            self.touched = True
-            made = {k: v for k, v in self._read().items() if k != "step"}
-            self._copies = {k: (v, v._version if isinstance(v, Tensor) else None) for k, v in made.items()}
-            for k, v in made.items():
-                if super().get(k) is None:
-                    super().__setitem__(k, v)
+        if name != "step" and name in self._names:
+            self._make_open()
         return super().__getitem__(name)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        self.touched = True
+        if name in self._names:
+            self._make_open()
         super().__setitem__(name, value)
+
+    def __delitem__(self, name: str) -> None:
+        if name in self._names:
+            self._make_open()
+        super().__delitem__(name)
 
     def __iter__(self) -> Iterator[str]:  # also keeps dict(entry) and {**entry} from copying what is not here
         return super().__iter__()
@@ -72,12 +88,39 @@ class StateEntry(dict[str, Any]):
     def values(self) -> list[Any]:
         return [self[name] for name in self]
 
+    def copy(self) -> dict[str, Any]:
+        return dict(self.items())
+
     def update(self, *args: Any, **kwargs: Any) -> None:
         for name, value in dict(*args, **kwargs).items():
             self[name] = value
 
-    def copy(self) -> dict[str, Any]:
-        return dict(self.items())
+    def setdefault(self, name: str, default: Any = None) -> Any:
+        if name not in self:
+            self[name] = default
+        return self[name]
+
+    def pop(self, name: str, *default: Any) -> Any:
+        self._make_open()
+        return super().pop(name, *default)
+
+    def popitem(self) -> tuple[str, Any]:
+        self._make_open()
+        return super().popitem()
+
+    def clear(self) -> None:
+        self.open = self._read is not None
+        super().clear()
+
+    def __or__(self, other: Any) -> dict[str, Any]:
+        return self.copy() | other
+
+    def __ror__(self, other: Any) -> dict[str, Any]:
+        return other | self.copy()
+
+    def __ior__(self, other: Any) -> "StateEntry":
+        self.update(other)
+        return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         return dict, (self.copy(),)

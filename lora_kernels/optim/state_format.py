@@ -15,6 +15,10 @@ __all__ = ["entry_of", "flattened", "names_of", "step_of", "values_of"]
 # bitsandbytes hides what has not the parameter's shape in a dictionary of this name.
 NESTED = "__bnb_optimizer_quant_state__"
 
+# Of everything that an entry of these optimizers, torch's AdamW or bitsandbytes' may have.
+NAMES = {"step", "exp_avg", "exp_avg_sq", "compensation", NESTED}
+NAMES |= {f"{name}{i}" for name in ("state", "absmax", "qmap") for i in (1, 2)}
+
 MOST_STEPS = 2**31 - 1  # the kernels' numbers of steps are int32
 
 

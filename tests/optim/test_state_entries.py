@@ -1,5 +1,6 @@
 """state[p]: what it shows, and that what is put there is the state of the next step, as in torch."""
 
+import collections
 import copy
 import pickle
 
@@ -93,7 +94,44 @@ def clear_one(state):
     del state[next(iter(state))]
 
 
-@pytest.mark.parametrize("change", [halve_in_place, replace, update, count_anew, clear, clear_one])
+def assign_unread(state):
+    for p, entry in state.items():
+        entry["exp_avg"] = torch.ones_like(p)
+        entry["exp_avg_sq"] = torch.full_like(p, 2.0)
+
+
+def through_numpy(state):
+    for entry in state.values():
+        entry["exp_avg"].numpy()[...] *= 0.25
+        entry["exp_avg_sq"].data.mul_(3.0)
+
+
+def empty_entries(state):
+    for entry in state.values():
+        entry.clear()
+
+
+def pop_and_put(state):
+    for entry in state.values():
+        first = entry.pop("exp_avg")
+        entry.setdefault("exp_avg", first * 2)
+        second = entry["exp_avg_sq"]
+        del entry["exp_avg_sq"]
+        entry |= {"exp_avg_sq": second * 2}
+
+
+def rebuild(state):
+    for p, entry in list(state.items()):
+        state[p] = type(entry)(
+            collections.OrderedDict((k, v * 0.5 if v.dim() else v) for k, v in entry.items())
+        )
+
+
+CHANGES = (halve_in_place, replace, update, count_anew, clear, clear_one)
+CHANGES += (assign_unread, through_numpy, empty_entries, pop_and_put, rebuild)
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("resident", [None, 2 * PAGE])
 def test_changes_are_those_of_torchs_adamw(change, resident, tmp_path):
     ours, mine = trained(resident_bytes=resident, directory=tmp_path)
@@ -102,12 +140,122 @@ def test_changes_are_those_of_torchs_adamw(change, resident, tmp_path):
     for optimizer in (ours, theirs):
         change(optimizer.state)
         train(optimizer, gradients(3, seed=5))
+    for entry in ours.state.values():
+        assert not entry.open
     for a, b in zip(mine, yours, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     for p, q in zip(mine, yours, strict=True):
         assert ours.state[p]["step"] == theirs.state[q]["step"]
         torch.testing.assert_close(ours.state[p]["exp_avg"], theirs.state[q]["exp_avg"], rtol=1e-4, atol=1e-6)
         assert type(ours.state[p]) is StateEntry
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_count_where_there_is_no_gradient_and_in_files(change):
+    """Of parameters that have no step until another one has had its first."""
+    ours, mine = trained()
+    theirs = torch.optim.AdamW(parameters(), lr=1e-2)
+    yours = train(theirs, gradients(2))
+    results = []
+    for optimizer, ps in ((ours, mine), (theirs, yours)):
+        late = torch.nn.Parameter(torch.ones(5000))
+        optimizer.add_param_group({"params": [late]})
+        change(optimizer.state)
+        file = copy.deepcopy(optimizer.state_dict()["state"])
+        optimizer.zero_grad()
+        late.grad = torch.ones(5000)
+        optimizer.step()
+        late.grad = None
+        for p, gradient in zip(ps, next(gradients(1, seed=6)), strict=True):
+            p.grad = gradient
+        optimizer.step()
+        results.append((file, ps, late))
+    (file, ps, late), (wanted_file, wanted, wanted_late) = results
+    assert file.keys() == {k for k, entry in wanted_file.items() if entry}
+    for number, entry in file.items():
+        for name, value in entry.items():
+            torch.testing.assert_close(value, wanted_file[number][name], rtol=1e-4, atol=1e-6)
+    for a, b in zip([*ps, late], [*wanted, wanted_late], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_parameter_may_be_replaced_and_its_entry_moved(kind):
+    """As code does that grows or prunes parameters while it trains."""
+    optimizer, ps = trained(kind)
+    other, qs = trained(kind)
+    pages = optimizer.stats()["pages"]
+    for step, given in enumerate(gradients(4, seed=3)):
+        group = optimizer.param_groups[0]
+        for i, old in enumerate(list(group["params"])):
+            entry = optimizer.state[old]
+            if step % 2:  # moved as it is, or with values that were put into it
+                for name in ("exp_avg", "exp_avg_sq"):
+                    if name in entry:
+                        entry[name] = entry[name].clone()
+            del optimizer.state[old]
+            group["params"][i] = torch.nn.Parameter(old.detach().clone())
+            optimizer.state[group["params"][i]] = entry
+        ps = train(optimizer, [given])
+        qs = train(other, [given])
+        assert same_bits(ps, qs)
+        assert len(optimizer.state_dict()["state"]) == len(optimizer.state) == len(ps)
+    assert optimizer.stats()["pages"] == pages
+
+
+def test_a_step_that_was_cut_short_shows_no_state_and_takes_none(monkeypatch):
+    expected, _ = trained(steps=3)
+    optimizer, ps = trained()
+    last = list(gradients(3))[2]
+    with monkeypatch.context() as patch:
+        patch.setattr(optimizer, "_update", lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
+        with pytest.raises(RuntimeError, match="broken"):
+            train(optimizer, [last])
+    entry = optimizer.state[ps[0]]
+    assert entry["step"] == 2
+    for read in (lambda: entry["exp_avg"], lambda: entry.update(step=torch.tensor(1.0)), entry.copy):
+        with pytest.raises(RuntimeError, match="cut short"):
+            read()
+    optimizer.state[ps[0]] = {}
+    with pytest.raises(
+        RuntimeError, match=r"state\[p\] of a parameter of it, of shape \(16, 1024\), was changed"
+    ):
+        optimizer.step()
+    optimizer.state[ps[0]] = entry
+    optimizer.step()
+    assert same_bits(ps, expected.param_groups[0]["params"])
+
+
+def test_other_names_are_left_alone():
+    optimizer, ps = trained()
+    optimizer.state[ps[0]]["slow"] = slow = torch.zeros(3)
+    optimizer.state[ps[1]]["exp_avg"].mul_(1.0)
+    late = torch.nn.Parameter(torch.ones(5000))
+    optimizer.add_param_group({"params": [late]})
+    optimizer.state[late]["slow"] = slow
+    late.grad = torch.ones(5000)
+    optimizer.step()
+    ps[0].grad, ps[0].data = None, ps[0].data.bfloat16()
+    optimizer.step()
+    for p in (ps[0], late):
+        assert optimizer.state[p]["slow"] is slow and optimizer.state[p]["step"] >= 1
+
+
+def test_no_room_for_a_new_parameters_state_is_tried_again(monkeypatch):
+    optimizer, ps = trained(resident_bytes=2 * PAGE)
+    late = torch.nn.Parameter(torch.ones(5000))
+    optimizer.add_param_group({"params": [late]})
+    late.grad, place, tried = torch.ones(5000), type(optimizer._paged_state).place, []
+
+    def full(*arguments):
+        tried.append(1)
+        if len(tried) == 1:
+            raise MemoryError("no page")
+        return place(*arguments)
+
+    monkeypatch.setattr(type(optimizer._paged_state), "place", full)
+    optimizer.step()
+    assert len(tried) == 2 and optimizer.state[late]["step"] == 1 and optimizer.state[ps[0]]["step"] == 3
 
 
 @pytest.mark.parametrize("kind", KINDS)
