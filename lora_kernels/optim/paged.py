@@ -173,8 +173,7 @@ class PagedOptimizer(torch.optim.Optimizer):
         self._pass()
         self._steps.update(self._pending)
         self._show()
-        self._tick += 1
-        self._pending = None
+        self._tick, self._pending = self._tick + 1, None  # a signal finds both or neither
 
     def _begin(self) -> dict[Tensor, int]:
         """The parameters that have a step to make, all with room for their state, and the step's number."""

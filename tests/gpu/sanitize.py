@@ -14,12 +14,13 @@ import time
 from typing import NamedTuple
 
 import torch
+from optim_cases import OPS, ROUNDINGS, Problem
 from place import STAND_IN, take
 from problems import NAMES, BatchedCase, Case
 
 import lora_kernels as lk
 from lora_kernels import reference
-from lora_kernels.backends import cuda, native
+from lora_kernels.backends import backend_for, cuda, native
 from lora_kernels.backends.cuda_launchers import CudaLaunchers
 from lora_kernels.base_weight import BaseWeight
 
@@ -125,6 +126,39 @@ def batched(device: torch.device, shape: tuple, dtype: torch.dtype) -> int:
     return failures
 
 
+def dropout(device: torch.device, dtype: torch.dtype) -> int:
+    """Pieces of 16 bytes, and elements one by one."""
+    failures, rng = 0, torch.tensor([5, 1 << 33])
+    for shape, first in (((8, 256), 0), ((5, 37), 3)):
+        x = torch.randn(shape).to(dtype)
+        out = torch.full(shape, float("nan"), dtype=dtype, device=device)
+        backend_for(device).lora_dropout(x.to(device), 0.3, rng.to(device), first, out)
+        padded = torch.cat([torch.zeros(first, dtype=dtype), x.reshape(-1)]).reshape(1, -1)
+        truth = reference.lora_dropout(padded, 0.3, rng).reshape(-1)[first:].reshape(shape)
+        failures += not torch.equal(out.cpu(), truth)
+    if failures:
+        print(f"sanitize: lora_dropout {dtype}: {failures} results differ from the specification's")
+    return failures
+
+
+def optimizer(device: torch.device, op: str, dtype: torch.dtype, rounding: str) -> int:
+    """Two steps of parameters that lie in several pages give the CPU's bits."""
+    sizes = (1, 257, 3001)
+    cpu = Problem(op, [torch.randn(n).to(dtype) for n in sizes], rounding, piece=512)
+    there = Problem(op, [p.to(device) for p in cpu.params], rounding, piece=512)
+    for step in (1, 2):
+        grads = [torch.randn(n).to(dtype) for n in sizes]
+        with lk.use_backend("cpu"):
+            cpu.step(grads, step)
+        there.step([g.to(device) for g in grads], step)
+    pairs = list(zip(there.params, cpu.params, strict=True))
+    pairs += [(there.state()[key], value) for key, value in cpu.state().items()]
+    failures = sum(not torch.equal(mine.cpu(), wanted) for mine, wanted in pairs)
+    if failures:
+        print(f"sanitize: {op} {dtype} {rounding}: {failures} tensors differ from the CPU's")
+    return failures
+
+
 def main() -> int:
     device, backend, own = take()
     torch.manual_seed(0)
@@ -145,11 +179,16 @@ def main() -> int:
         for dtype in DTYPES:
             failures += sum(step(device, problem, dtype) for problem in STEPS)
             failures += sum(batched(device, shape, dtype) for shape in BATCHED)
+            failures += dropout(device, dtype)
+        for op in OPS:
+            failures += optimizer(device, op, torch.float32, "nearest")
+            failures += sum(optimizer(device, op, torch.bfloat16, rounding) for rounding in ROUNDINGS)
         if device.type == "cuda":
             torch.cuda.synchronize()
     print(
         f"sanitize: {failures} wrong results in {time.perf_counter() - began:.0f} s; lora_linear_decode by "
-        f"{' and '.join(routes)}, {len(STEPS)} training steps and {len(BATCHED)} batched ones of each dtype"
+        f"{' and '.join(routes)}, {len(STEPS)} training steps and {len(BATCHED)} batched ones of each dtype, "
+        f"lora_dropout, {', '.join(OPS)}"
     )
     return int(failures > 0)
 

@@ -4,8 +4,8 @@
 
 Loads `_C`, asks whether torch's stream symbol is bound, runs nf4_dequantize, lora_linear forward and backward
 on every route (float32; bf16 of few, some and many tokens, with dropout) and 64 adapters in one call on the
-device against the specification, and ops through torch.library.opcheck. Exit status 0, or 1 with one line
-that says what is wrong.
+device against the specification, steps of a paged optimizer against the CPU's, and ops through
+torch.library.opcheck. Exit status 0, or 1 with one line that says what is wrong.
 """
 
 import sys
@@ -74,6 +74,16 @@ def main() -> int:
         if not error < 1e-5:
             print(f"smoke: {name} on the device is off by {error:.1e} from the CPU's")
             return 1
+    p, q = (torch.nn.Parameter(torch.linspace(-1, 1, 5000).to(device)) for device in ("cpu", "cuda"))
+    for leaf in (p, q):
+        optimizer = lk.optim.PagedAdamW8bit([leaf], lr=1e-2)
+        for step in range(3):
+            leaf.grad = torch.linspace(0.1, step + 1.0, 5000).to(leaf.device)
+            optimizer.step()
+        optimizer.close()
+    if not torch.equal(q.detach().cpu(), p.detach()):
+        print("smoke: three steps of PagedAdamW8bit on the device differ from the CPU's")
+        return 1
     reason = wrong_training_step()
     if reason is not None:
         print(f"smoke: wrong result: {reason}")
