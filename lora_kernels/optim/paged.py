@@ -3,9 +3,7 @@ memory."""
 
 import collections
 import functools
-import math
-import numbers
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +12,19 @@ from torch import Tensor
 
 from lora_kernels import ops_optim, optim_state
 from lora_kernels.optim import state_format
+from lora_kernels.optim.options import (
+    LEAST_PAGE_BYTES,
+    PAGE_BYTES,
+    check_hyperparameters,
+    check_options,
+    page_bytes_for,
+)
 from lora_kernels.optim.paged_state import PagedState, Run
 from lora_kernels.optim.sharded import local_of, local_part
 from lora_kernels.optim.state_entry import StateEntry
 
 __all__ = ["MIN_8BIT_SIZE", "PagedOptimizer"]
 
-PAGE_BYTES = 2 << 20
-LEAST_PAGE_BYTES = 64 << 10
-PAGES_OF_A_BUDGET = 8  # of a small one: pages become smaller, so that some come while others are updated
 MIN_8BIT_SIZE = 4096  # smaller parameters keep 32-bit state, as bitsandbytes has it
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -71,7 +73,7 @@ class PagedOptimizer(torch.optim.Optimizer):
         seed: int,
         paged: bool = True,
     ) -> None:
-        _check_hyperparameters(defaults)
+        check_hyperparameters(defaults)
         for name, number in (
             ("resident_bytes", resident_bytes),
             ("page_bytes", page_bytes),
@@ -107,7 +109,7 @@ class PagedOptimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
         if page_bytes is None:
             elements = sum(p.numel() for p in _parameters(self.param_groups)) // len(self.param_groups)
-            self._settings["page_bytes"] = _page_bytes(resident_bytes, 4 * len(states) * elements)
+            self._settings["page_bytes"] = page_bytes_for(resident_bytes, 4 * len(states) * elements)
             self._reset()
 
     def _reset(self) -> None:
@@ -123,7 +125,7 @@ class PagedOptimizer(torch.optim.Optimizer):
         self._pending: dict[Tensor, int] | None = None  # of a step that has begun: each parameter's number
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        _check_hyperparameters({**self.defaults, **param_group})
+        check_hyperparameters({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
     # ---- the step ------------------------------------------------------------------------------------------
@@ -178,7 +180,7 @@ class PagedOptimizer(torch.optim.Optimizer):
     def _begin(self) -> dict[Tensor, int]:
         """The parameters that have a step to make, all with room for their state, and the step's number."""
         for group in self.param_groups:
-            _check_hyperparameters(group)
+            check_hyperparameters(group)
         self._take_in_all()
         steps: dict[Tensor, int] = {}
         for number, (index, p) in enumerate(_numbered(self.param_groups)):
@@ -360,7 +362,7 @@ class PagedOptimizer(torch.optim.Optimizer):
         """Makes state[p] of every parameter that has had a step tell its number."""
         self._told = list(self._steps.values())
         if not self._recount:
-            self._counts.copy_(_counts(self._told))
+            self._counts.copy_(torch.tensor(self._told, device="cpu"))
             return
         self._counts = _counts(self._told)
         for i, p in enumerate(self._steps):
@@ -447,7 +449,7 @@ class PagedOptimizer(torch.optim.Optimizer):
         def convert(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
             entries = {k: state_format.flattened(v) for k, v in given["state"].items()}
             for group in given["param_groups"]:
-                _check_options(group)
+                check_options(group)
             names, parameters = _names(given), _parameters(self.param_groups)
             if len(names) == len(parameters):  # else the base class says what is wrong
                 pairs = zip(names, parameters, strict=True)
@@ -528,34 +530,6 @@ _SETTINGS = (
 )
 
 
-def _check_hyperparameters(group: dict[str, Any]) -> None:
-    """Raises ValueError or TypeError naming the hyperparameter that cannot be."""
-    for name in ("lr", "weight_decay", "eps"):
-        if name in group and not (math.isfinite(_number(name, group[name])) and group[name] >= 0):
-            raise ValueError(f"{name} is {group[name]}, expected a number >= 0")
-    betas = group["betas"]
-    if not isinstance(betas, Sequence) or isinstance(betas, str) or len(betas) != 2:
-        raise ValueError(f"betas is {betas!r}, expected two numbers in [0, 1)")
-    if not all(0 <= _number("betas", beta) < 1 for beta in betas):
-        raise ValueError(f"betas is {betas}, expected two numbers in [0, 1)")
-    _check_options(group)
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, (numbers.Real, Tensor)):
-        return float(value)
-    raise TypeError(f"{name} is {value!r}, expected a number")
-
-
-def _check_options(group: dict[str, Any]) -> None:
-    """Raises ValueError where a group asks for what torch's optimizers do and these do not."""
-    asked = [name for name in ("amsgrad", "maximize", "differentiable") if group.get(name)]
-    if group.get("decoupled_weight_decay") is False and group.get("weight_decay"):
-        asked.append("decoupled_weight_decay=False and a weight decay, as torch.optim.Adam has it")
-    if asked:
-        raise ValueError(f"a parameter group asks for {', '.join(asked)}, which these optimizers do not have")
-
-
 def _counts(steps: list[int]) -> Tensor:
     with torch.inference_mode(False):  # they are changed in place for as long as the optimizer lives
         return torch.tensor(steps, dtype=torch.float32, device="cpu")
@@ -566,19 +540,6 @@ def _numbered(groups: list[dict[str, Any]]) -> Iterator[tuple[int, Tensor]]:
     for index, group in enumerate(groups):
         for p in group["params"]:
             yield index, p
-
-
-def _page_bytes(resident_bytes: int | None, group_bytes: int) -> int:
-    """The size of pages, where none is asked for: small ones for a small budget, and for groups of little
-    state, each of which has pages of its own."""
-    page_bytes = LEAST_PAGE_BYTES
-    while page_bytes < min(PAGE_BYTES, group_bytes):
-        page_bytes *= 2
-    while resident_bytes is not None and page_bytes > max(
-        LEAST_PAGE_BYTES, resident_bytes // PAGES_OF_A_BUDGET
-    ):
-        page_bytes //= 2
-    return page_bytes
 
 
 def _names(state_dict: dict[str, Any]) -> list[Any]:

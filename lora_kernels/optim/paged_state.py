@@ -64,8 +64,12 @@ class Run(NamedTuple):
             segments = self.segments[index >= 0].clone()
             segments[:, PARAMETER] = index[index >= 0]
             run = self._replace(parameters=tuple(self.parameters[i] for i in kept), segments=segments)
-        numbers = torch.tensor([steps[p] for p in run.parameters], device="cpu")
-        run.segments[:, STEP] = numbers[run.segments[:, PARAMETER]]
+        numbers = [steps[p] for p in run.parameters]
+        column = run.segments.select(1, STEP)
+        if numbers.count(numbers[0]) == len(numbers):
+            column.fill_(numbers[0])
+        else:
+            column.copy_(torch.tensor(numbers, device="cpu")[run.segments[:, PARAMETER]])
         return run
 
 
