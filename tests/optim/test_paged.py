@@ -1,6 +1,7 @@
 """PagedAdamW and PagedLion as optimizers: trajectories, budgets, interruptions, groups, what trainers do."""
 
 import copy
+import errno
 import gc
 import math
 import pickle
@@ -134,6 +135,30 @@ def test_an_interrupted_step_is_completed_and_never_applied_twice(monkeypatch, a
     trained = train(optimizer, steps)
     assert same_bits(trained, expected)
     assert all(entry["step"] == 3 for entry in optimizer.state_dict()["state"].values())
+
+
+@pytest.mark.parametrize("at", [1, 3, 5])
+def test_a_step_whose_page_does_not_come_is_completed_when_it_does(at, monkeypatch, tmp_path):
+    """A full disk where a page has to leave, or a file that cannot be read, in mid-pass."""
+    options = {"lr": 1e-2, "resident_bytes": 2 * PAGE, "page_bytes": PAGE, "directory": tmp_path}
+    expected = train(lk.optim.PagedAdamW(parameters(), **options), gradients(3))
+    optimizer, steps, calls = lk.optim.PagedAdamW(parameters(), **options), list(gradients(3)), []
+    train(optimizer, iter(steps[:2]))
+    whole = paged_state.PagedState._pinned
+
+    def failing(self, *arguments, **keywords):
+        calls.append(1)
+        if len(calls) == at:
+            raise OSError(errno.ENOSPC, "no space left on device")
+        return whole(self, *arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(paged_state.PagedState, "_pinned", failing)
+        with pytest.raises(OSError, match="no space left"):
+            train(optimizer, iter(steps[2:]))
+    optimizer.step()
+    assert same_bits(optimizer.param_groups[0]["params"], expected)
+    assert optimizer.stats()["pinned"] == 0
 
 
 def test_a_step_whose_gradients_are_gone_is_not_completed(monkeypatch):
