@@ -233,7 +233,7 @@ def main(argv: list[str]) -> int:
         if arguments.case and arguments.case not in name:
             continue
         print(name, file=sys.stderr, flush=True)
-        paged = sum(torch.Size(s).numel() for s in shapes) * STATE_BYTES > 2 * PAGE_BYTES
+        paged = sum(torch.Size(s).numel() for s in shapes) * STATE_BYTES > 8 * PAGE_BYTES
         rounds = max(3, arguments.rounds // (3 if name.startswith("500 M") else 1))
         cases.append(measure(name, shapes, rounds, arguments.directory, paged, device))
     gpu = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
