@@ -432,6 +432,17 @@ MUTATIONS = [
 ]
 
 
+def _options(copy: Path) -> dict:
+    environment = {**os.environ, "PYTHONPATH": str(copy), "LORA_KERNELS_CUDA": "0"}
+    return {"cwd": copy, "env": environment, "capture_output": True, "text": True, "check": False}
+
+
+def _build(name: str, copy: Path) -> None:
+    build = subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], **_options(copy))
+    if build.returncode:
+        raise SystemExit(f"{name}: does not compile\n{build.stdout[-2000:]}")
+
+
 def run(mutation: Mutation, copy: Path) -> bool:
     """True if the suite noticed."""
     path = copy / mutation.file
@@ -440,13 +451,10 @@ def run(mutation: Mutation, copy: Path) -> bool:
         times = text.count(mutation.old)
         raise SystemExit(f"{mutation.name}: {mutation.old!r} occurs {times} times in {mutation.file}")
     path.write_text(text.replace(mutation.old, mutation.new))
-    environment = {**os.environ, "PYTHONPATH": str(copy), "LORA_KERNELS_CUDA": "0"}
-    options = {"cwd": copy, "env": environment, "capture_output": True, "text": True, "check": False}
+    options = _options(copy)
     try:
         if mutation.file.startswith("csrc"):
-            build = subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], **options)
-            if build.returncode:
-                raise SystemExit(f"{mutation.name}: does not compile\n{build.stdout[-2000:]}")
+            _build(mutation.name, copy)
         command = [
             sys.executable,
             "-m",
@@ -474,6 +482,7 @@ def main(names: list[str]) -> int:
         copy = Path(folder) / "lora_kernels"
         ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", "*.so", "build", "results")
         shutil.copytree(ROOT, copy, ignore=ignored)
+        _build("as it is", copy)
         for mutation in chosen:
             caught = run(mutation, copy)
             print(f"{'caught  ' if caught else 'SURVIVED'} {mutation.file}: {mutation.name}", flush=True)

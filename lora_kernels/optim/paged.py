@@ -120,6 +120,7 @@ class PagedOptimizer(torch.optim.Optimizer):
             [],
         )  # the same numbers; state[p]["step"] are views of the first
         self._recount = False  # whether they are of other parameters than self._steps
+        self._own: dict[Tensor, StateEntry] = {}  # that each parameter's state is shown by
         self._sharded = False  # whether a parameter is a DTensor
         self._tick = 0  # of the pages: the last whole step of the optimizer
         self._pending: dict[Tensor, int] | None = None  # of a step that has begun: each parameter's number
@@ -213,9 +214,8 @@ class PagedOptimizer(torch.optim.Optimizer):
                     "another dtype, device or group since: put it back and call step() to complete it first"
                 )
             entry = self.state.get(p)
-            if p in self._steps and not (
-                isinstance(entry, StateEntry) and entry.owner is p and not entry.open
-            ):
+            intact = entry is self._own.get(p) and bool(entry) and not entry.open
+            if p in self._steps and not intact:
                 raise RuntimeError(
                     "the last step was cut short, and state[p] of a parameter of it, of shape "
                     f"{tuple(p.shape)}, was changed since: close() forgets all state, or load a state_dict"
@@ -231,36 +231,49 @@ class PagedOptimizer(torch.optim.Optimizer):
                 if not self._paged_state.fits(p, local_of(p) if self._sharded else p, index):
                     placed = -1
                     break
+        # Entries that are another parameter's are read before its pages change.
+        given: dict[Tensor, dict[str, Any]] = {}
+        for _, p in _numbered(self.param_groups):
+            entry = self.state.get(p)
+            if entry and entry is not self._own.get(p):
+                given[p] = dict(entry)
         counts = self._counts.tolist()
-        if not self._recount and counts != self._told:  # changed in place
+        changed = counts != self._told  # in place
+        if changed:
             for p, count in zip(list(self._steps), counts, strict=True):
                 self._steps[p] = state_format.step_of({"step": count})
-        for number, (index, p) in enumerate(_numbered(self.param_groups)):
-            entry = self.state.get(p)
-            if type(entry) is StateEntry and entry.owner is p and not entry.open:
-                continue
-            if entry:
-                self._take_in(p, entry, index, number)
-            elif p in self._steps:  # its state was cleared
-                self._forget(p)
-        if placed != len(self._paged_state):
-            self._move()
+        try:
+            for number, (index, p) in enumerate(_numbered(self.param_groups)):
+                entry = self.state.get(p)
+                if entry and entry is self._own.get(p) and not entry.open:
+                    continue
+                changed |= bool(entry) or p in self._steps
+                if entry:
+                    self._take_in(p, given.get(p, entry), index, number)
+                elif p in self._steps:  # its state was cleared
+                    self._forget(p)
+            if placed != len(self._paged_state):
+                changed = True
+                self._move()
+        finally:
+            if changed:
+                self._show()
 
     def _take_in(self, p: Tensor, entry: dict[str, Any], group: int, number: int) -> None:
         """Makes state[p] the state of p."""
-        own = type(entry) is StateEntry and entry.owner is p
+        own = entry is self._own.get(p)
         if own and self._sharded and self._state_bits == 8 and not entry.changed():
             entry.close()  # its moments are float32: to quantise them again would change them
             return
         given = state_format.flattened(dict(entry))
-        known = {"step", *self._states, *(f"state{i}" for i in range(1, len(self._states) + 1))}
-        if not known & given.keys():
+        known = state_format.KNOWN & given.keys()
+        if not known:
             if p in self._steps:
                 self._forget(p)
             return
         if p not in self._paged_state:
             self._place(self._paged_state, p, group, number)
-        if known & given.keys() != {"step"}:
+        if known != {"step"}:
             eight = self._paged_state.op_of(p) == self._ops[1]
             self._paged_state.write(p, state_format.values_of(p, given, self._states, eight))
         self._recount |= p not in self._steps
@@ -276,6 +289,11 @@ class PagedOptimizer(torch.optim.Optimizer):
         self._recount = True
         del self._steps[p]
         self.state.pop(p, None)
+        self._detach(p)
+
+    def _detach(self, p: Tensor) -> None:
+        if p in self._own:
+            self._own.pop(p).detach()
 
     def _move(self) -> None:
         """Brings the state of parameters to where they belong now.
@@ -299,6 +317,7 @@ class PagedOptimizer(torch.optim.Optimizer):
         for p in [p for p in self._steps if p not in moved]:
             del self._steps[p]
             self.state.pop(p, None)
+            self._detach(p)
         for p in self._steps:  # the names may be others
             self._renew(p)
 
@@ -355,7 +374,8 @@ class PagedOptimizer(torch.optim.Optimizer):
         for name in old:
             if name not in state_format.NAMES and name not in made:
                 made[name] = old[name]
-        self.state[p] = made
+        self._detach(p)
+        self.state[p] = self._own[p] = made
         return made
 
     def _show(self) -> None:
@@ -367,7 +387,7 @@ class PagedOptimizer(torch.optim.Optimizer):
         self._counts = _counts(self._told)
         for i, p in enumerate(self._steps):
             entry = self.state.get(p)
-            if not (type(entry) is StateEntry and entry.owner is p):
+            if entry is None or entry is not self._own.get(p):
                 entry = self._renew(p)
             entry.show_step(self._counts[i])
         self._recount = False
@@ -420,7 +440,6 @@ class PagedOptimizer(torch.optim.Optimizer):
             raise RuntimeError("the last step was cut short: call step() to complete it before saving")
         with torch.no_grad():
             self._take_in_all()
-            self._show()
 
         def fill(_: torch.optim.Optimizer, packed: dict[str, Any]) -> None:
             packed["state"] = {}
@@ -447,7 +466,8 @@ class PagedOptimizer(torch.optim.Optimizer):
         loaded: list[tuple[PagedState, dict[Tensor, int]]] = []
 
         def convert(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-            entries = {k: state_format.flattened(v) for k, v in given["state"].items()}
+            flat = {k: state_format.flattened(v) for k, v in given["state"].items()}
+            entries = {k: entry for k, entry in flat.items() if state_format.KNOWN & entry.keys()}
             for group in given["param_groups"]:
                 check_options(group)
             names, parameters = _names(given), _parameters(self.param_groups)
@@ -501,7 +521,6 @@ class PagedOptimizer(torch.optim.Optimizer):
             raise RuntimeError("the last step was cut short: call step() to complete it before copying")
         with torch.no_grad():
             self._take_in_all()
-            self._show()
         entries = {
             i: self._entry(p) for i, p in enumerate(_parameters(self.param_groups)) if p in self._steps
         }

@@ -3,7 +3,10 @@
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from lora_kernels.optim.state_format import NAMES
 
 __all__ = ["StateEntry"]
 
@@ -46,14 +49,28 @@ class StateEntry(dict[str, Any]):
 
     def close(self) -> None:
         """Lets go of the copies: the pages have what they say."""
+        for name in NAMES & super().keys() - set(self._names):  # put there under the names of another format
+            super().__delitem__(name)
         super().update(dict.fromkeys(self._names))
         super().__setitem__("step", self._step)
         self._copies, self.open = {}, False
 
-    def _make_open(self) -> None:
+    def detach(self) -> None:
+        """From now on the pages have nothing of it: it can be read no more, unless it is open."""
+
+        def gone() -> dict[str, Any]:
+            raise RuntimeError(
+                "this entry of an optimizer's state was taken out of it, and the state is gone: copy one, "
+                "by dict(entry), before it is removed"
+            )
+
+        self._read = gone
+
+    def make_open(self) -> None:
         if self.open or self._read is None:
             return
-        values = self._read()
+        with torch.inference_mode(False), torch.no_grad():
+            values = self._read()
         for name in self._names:
             if name != "step":
                 super().__setitem__(name, values[name])
@@ -63,17 +80,17 @@ class StateEntry(dict[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         if name != "step" and name in self._names:
-            self._make_open()
+            self.make_open()
         return super().__getitem__(name)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        if name in self._names:
-            self._make_open()
+        if name in NAMES:
+            self.make_open()
         super().__setitem__(name, value)
 
     def __delitem__(self, name: str) -> None:
         if name in self._names:
-            self._make_open()
+            self.make_open()
         super().__delitem__(name)
 
     def __iter__(self) -> Iterator[str]:  # also keeps dict(entry) and {**entry} from copying what is not here
@@ -101,11 +118,11 @@ class StateEntry(dict[str, Any]):
         return self[name]
 
     def pop(self, name: str, *default: Any) -> Any:
-        self._make_open()
+        self.make_open()
         return super().pop(name, *default)
 
     def popitem(self) -> tuple[str, Any]:
-        self._make_open()
+        self.make_open()
         return super().popitem()
 
     def clear(self) -> None:

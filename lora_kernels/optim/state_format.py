@@ -18,6 +18,8 @@ NESTED = "__bnb_optimizer_quant_state__"
 # Of everything that an entry of these optimizers, torch's AdamW or bitsandbytes' may have.
 NAMES = {"step", "exp_avg", "exp_avg_sq", "compensation", NESTED}
 NAMES |= {f"{name}{i}" for name in ("state", "absmax", "qmap") for i in (1, 2)}
+# Of these, what makes an entry one with a state.
+KNOWN = {"step", "exp_avg", "exp_avg_sq", "state1", "state2"}
 
 MOST_STEPS = 2**31 - 1  # the kernels' numbers of steps are int32
 

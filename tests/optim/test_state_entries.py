@@ -203,6 +203,95 @@ def test_a_parameter_may_be_replaced_and_its_entry_moved(kind):
     assert optimizer.stats()["pages"] == pages
 
 
+@pytest.mark.parametrize("kind", ["swap", "to later", "to earlier", "alias", "alias of later"])
+def test_entries_may_change_places(kind):
+    ours, mine = trained()
+    theirs = torch.optim.AdamW(parameters(), lr=1e-2)
+    yours = train(theirs, gradients(2))
+    for optimizer, ps in ((ours, mine), (theirs, yours)):
+        pair = [
+            torch.nn.Parameter(torch.linspace(-1, 1, 5000)),
+            torch.nn.Parameter(torch.linspace(2, 3, 5000)),
+        ]
+        optimizer.add_param_group({"params": pair})
+        for p, g in zip(pair, (0.1, 0.7), strict=True):
+            p.grad = torch.full((5000,), g)
+        optimizer.step()
+        state, (p, q) = optimizer.state, pair
+        if kind == "swap":
+            state[p], state[q] = state[q], state[p]
+        elif kind.startswith("to"):
+            a, b = (p, q) if kind == "to later" else (q, p)
+            state[b] = state.pop(a)
+        else:  # a copy for torch, in which both would go on with the same tensors
+            a, b = (p, q) if kind == "alias of later" else (q, p)
+            entry = state[b]
+            state[a] = entry if optimizer is ours else {k: v.clone() for k, v in entry.items()}
+        for _ in range(3):
+            optimizer.step()
+        ps += pair
+    for a, b in zip(mine, yours, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours.state[a]["exp_avg"], theirs.state[b]["exp_avg"], rtol=1e-4, atol=1e-6)
+        assert ours.state[a]["step"] == theirs.state[b]["step"]
+
+
+def test_an_entry_whose_state_is_gone_says_so():
+    optimizer, ps = trained()
+    entry = optimizer.state.pop(ps[0])
+    train(optimizer, gradients(1, seed=5))
+    for put_back in (False, True):
+        with pytest.raises(RuntimeError, match="taken out of it, and the state is gone"):
+            if put_back:
+                optimizer.state[ps[0]] = entry
+                train(optimizer, gradients(1, seed=6))
+            else:
+                entry["exp_avg"]
+
+
+def test_names_of_another_format_count_once():
+    optimizer, ps = trained(lk.optim.PagedAdamW8bit)
+    p = ps[0]
+    optimizer.state[p]["exp_avg"] = torch.ones_like(p)
+    state = optimizer.state_dict()["state"][0]
+    assert torch.equal(state["state1"], torch.full_like(state["state1"], 255))
+    assert "exp_avg" not in optimizer.state[p]
+    train(optimizer, gradients(1, seed=5))
+    assert not torch.equal(optimizer.state[p]["state1"], state["state1"])
+
+
+def test_state_is_read_in_inference_mode_and_changed_outside():
+    optimizer, ps = trained()
+    with torch.inference_mode():
+        first = optimizer.state[ps[0]]["exp_avg"].norm()
+    optimizer.state[ps[0]]["exp_avg"].mul_(0.0)
+    assert first > 0 and not optimizer.state_dict()["state"][0]["exp_avg"].any()
+
+
+def test_a_step_that_fails_before_it_begins_leaves_numbers_and_entries_in_order():
+    optimizer, ps = trained()
+    optimizer.state[ps[0]] = dict(optimizer.state[ps[0]])
+    optimizer.state[ps[1]]["step"] = torch.tensor(7.0)
+    late = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    optimizer.add_param_group({"params": [late]})
+    late.grad = torch.zeros_like(late)
+    with pytest.raises(TypeError, match="float64"):
+        optimizer.step()
+    assert [int(optimizer.state[p]["step"]) for p in ps] == [2, 7, *[2] * (len(ps) - 2)]
+    optimizer.state[ps[0]]["exp_avg"].zero_()
+    late.grad = None
+    optimizer.step()
+    assert [int(optimizer.state[p]["step"]) for p in ps] == [3, 8, *[3] * (len(ps) - 2)]
+
+
+def test_a_file_whose_entry_is_empty_starts_that_parameter_anew():
+    optimizer, _ = trained()
+    file = optimizer.state_dict()
+    file["state"][1] = {}
+    optimizer.load_state_dict(file)
+    assert list(optimizer.state_dict()["state"]) == [0, *range(2, len(file["state"]))]
+
+
 def test_a_step_that_was_cut_short_shows_no_state_and_takes_none(monkeypatch):
     expected, _ = trained(steps=3)
     optimizer, ps = trained()
