@@ -215,6 +215,12 @@ def markdown(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _without_folders(argv: list[str]) -> list[str]:
+    """What of the arguments matters elsewhere."""
+    folders = ("--results", "--directory", "--tables")
+    return [word for i, word in enumerate(argv) if word not in folders and argv[max(i - 1, 0)] not in folders]
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Times optimizer steps.", allow_abbrev=False)
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
@@ -239,7 +245,7 @@ def main(argv: list[str]) -> int:
     gpu = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
     result = {
         "machine": {**machine.describe_cpu(), **gpu},
-        "command": "python bench/run.py --optim " + " ".join(argv),
+        "command": "python bench/run.py --optim " + " ".join(_without_folders(argv)),
         "cases": cases,
     }
     text = markdown(result)

@@ -141,7 +141,7 @@ def lora_linear(
         else:
             finish_shrink = kernels.start_shrink(x, lora_A, dropout_p, rng, h)
     s = scaling / (1 - dropout_p)
-    x = zero_behind_rows(x)
+    x, low = zero_behind_rows(x), None
     try:
         for n0, n1, panel in row_panels(kernels, base, x.dtype):
             if finish_shrink is not None:  # the first panel has been decoded beside it
@@ -151,8 +151,9 @@ def lora_linear(
             start = None if bias is None else bias[n0:n1].to(x.dtype)
             if lora_A is not None:
                 beta = 0 if start is None else 1  # with beta = 0 the addend is not read
+                low = zero_behind_rows(h) if low is None else low
                 addend = out if start is None else start
-                torch.addmm(addend, zero_behind_rows(h), b[n0:n1].T, beta=beta, alpha=s, out=out)
+                torch.addmm(addend, low, b[n0:n1].T, beta=beta, alpha=s, out=out)
                 out.addmm_(x, panel.T)
             elif start is not None:
                 torch.addmm(start, x, panel.T, out=out)

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels import ops_optim, optim_state
+from lora_kernels import ops_optim
 from lora_kernels.optim import state_format
 from lora_kernels.optim.options import (
-    LEAST_PAGE_BYTES,
     PAGE_BYTES,
     check_hyperparameters,
     check_options,
+    check_settings,
     page_bytes_for,
 )
 from lora_kernels.optim.paged_state import PagedState, Run
@@ -54,8 +54,10 @@ class PagedOptimizer(torch.optim.Optimizer):
         directory: of the backing file of a CPU's pages; None: the system's folder for temporary files. The
             file has no name: nothing is left, whatever ends the process.
         seed: of stochastic rounding.
-        paged: False keeps everything resident.
     """
+
+    default_bits = 32  # where state_bits is None
+    paged = True  # False keeps everything resident
 
     def __init__(
         self,
@@ -64,44 +66,26 @@ class PagedOptimizer(torch.optim.Optimizer):
         *,
         ops: tuple[str, str],
         states: tuple[str, ...],
-        state_bits: int,
+        state_bits: int | None,
         rounding: str,
         resident_bytes: int | None,
         page_bytes: int | None,
         directory: str | Path | None,
         min_8bit_size: int,
         seed: int,
-        paged: bool = True,
     ) -> None:
         check_hyperparameters(defaults)
-        for name, number in (
-            ("resident_bytes", resident_bytes),
-            ("page_bytes", page_bytes),
-            ("min_8bit_size", min_8bit_size),
-            ("seed", seed),
-        ):
-            if number is not None and not hasattr(number, "__index__"):
-                raise TypeError(f"{name} is {number!r}, expected an integer")
-        if state_bits not in (8, 32):
-            raise ValueError(f"state_bits is {state_bits}, expected 8 or 32")
-        if rounding not in optim_state.ROUNDINGS:
-            raise ValueError(f"rounding is {rounding!r}, expected one of {', '.join(optim_state.ROUNDINGS)}")
-        if resident_bytes is not None and resident_bytes <= 0:
-            raise ValueError(f"resident_bytes is {resident_bytes}, expected a number of bytes > 0, or None")
-        if page_bytes is not None and (page_bytes < LEAST_PAGE_BYTES or page_bytes & (page_bytes - 1)):
-            raise ValueError(
-                f"page_bytes is {page_bytes}, expected a power of two of at least {LEAST_PAGE_BYTES}"
-            )
-        if min_8bit_size < 0:
-            raise ValueError(f"min_8bit_size is {min_8bit_size}, expected a number >= 0")
-        if not 0 <= seed < 2**63:
-            raise ValueError(f"seed is {seed}, expected an integer from 0 to 2^63 - 1")
+        for name, value in (("resident_bytes", resident_bytes), ("directory", directory)):
+            if value is not None and not self.paged:
+                raise TypeError(f"{type(self).__name__} keeps its state resident: it does not take {name}")
+        state_bits = self.default_bits if state_bits is None else state_bits
+        check_settings(state_bits, rounding, resident_bytes, page_bytes, min_8bit_size, seed)
         self._settings = {
             "page_bytes": page_bytes or PAGE_BYTES,
             "resident_bytes": resident_bytes,
             "directory": None if directory is None else str(directory),
             "rounding": rounding,
-            "paged": paged,
+            "paged": self.paged,
         }
         self._ops, self._states, self._state_bits = ops, states, state_bits
         self._rounding, self._min_8bit_size, self._seed = rounding, min_8bit_size, seed
@@ -115,10 +99,8 @@ class PagedOptimizer(torch.optim.Optimizer):
     def _reset(self) -> None:
         self._paged_state = PagedState(**self._settings)
         self._steps: dict[Tensor, int] = {}  # each parameter's last whole step
-        self._counts, self._told = (
-            _counts([]),
-            [],
-        )  # the same numbers; state[p]["step"] are views of the first
+        self._counts = _counts([])  # the same numbers, of which state[p]["step"] are views
+        self._told: list[int] = []  # what was last written there
         self._recount = False  # whether they are of other parameters than self._steps
         self._own: dict[Tensor, StateEntry] = {}  # that each parameter's state is shown by
         self._sharded = False  # whether a parameter is a DTensor
@@ -370,7 +352,7 @@ class PagedOptimizer(torch.optim.Optimizer):
     def _renew(self, p: Tensor) -> StateEntry:
         """A new entry for p, with what stands in the old one under other names."""
         names = state_format.names_of(p, self._paged_state.names(p), self._states, self._state_bits)
-        made, old = StateEntry.of(p, names, functools.partial(self._entry, p)), self.state.get(p, {})
+        made, old = StateEntry.of(names, functools.partial(self._entry, p)), self.state.get(p, {})
         for name in old:
             if name not in state_format.NAMES and name not in made:
                 made[name] = old[name]
@@ -485,6 +467,8 @@ class PagedOptimizer(torch.optim.Optimizer):
             self._paged_state, self._steps = loaded.pop()
             self._pending, self._recount = None, True
             self.state.clear()
+            for p in list(self._own):
+                self._detach(p)
             self._show()
 
         # Behind the hooks that may change the file, and before those that are to see what was loaded.

@@ -23,7 +23,8 @@ class PagedAdamW(PagedOptimizer):
     Args:
         params: parameters or groups, as every optimizer of torch takes them. Each group may have its own lr,
             betas, eps, weight_decay.
-        state_bits: 32 or 8 (Dettmers et al. 2022: block-wise dynamic quantisation, blocks of 256).
+        state_bits: 32 or 8 (Dettmers et al. 2022: block-wise dynamic quantisation, blocks of 256); None: what
+            the class is named for.
         rounding, resident_bytes, page_bytes, directory: see PagedOptimizer.
         seed: of stochastic rounding.
 
@@ -39,14 +40,13 @@ class PagedAdamW(PagedOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
-        state_bits: int = 32,
+        state_bits: int | None = None,
         rounding: str = "nearest",
         resident_bytes: int | None = None,
         page_bytes: int | None = None,
         directory: str | Path | None = None,
         min_8bit_size: int = MIN_8BIT_SIZE,
         seed: int = 0,
-        _paged: bool = True,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(
@@ -61,7 +61,6 @@ class PagedAdamW(PagedOptimizer):
             directory=directory,
             min_8bit_size=min_8bit_size,
             seed=seed,
-            paged=_paged,
         )
 
     def _hyperparameters(self, group: dict[str, Any]) -> tuple[float, ...]:
@@ -72,44 +71,14 @@ class PagedAdamW(PagedOptimizer):
 class PagedAdamW8bit(PagedAdamW):
     """PagedAdamW with state_bits=8, under the name that bitsandbytes has for it."""
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        **options: Any,
-    ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, **{"state_bits": 8, **options})
+    default_bits = 8
 
 
 class AdamW(PagedAdamW):
     """The same kernels and packed state without paging: everything stays resident.
 
-    Args: as PagedAdamW's, but for resident_bytes and directory.
+    Raises:
+        TypeError: resident_bytes or directory, which only pages have.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        *,
-        state_bits: int = 32,
-        rounding: str = "nearest",
-        page_bytes: int | None = None,
-        min_8bit_size: int = MIN_8BIT_SIZE,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            *(params, lr, betas, eps, weight_decay),
-            state_bits=state_bits,
-            rounding=rounding,
-            page_bytes=page_bytes,
-            min_8bit_size=min_8bit_size,
-            seed=seed,
-            _paged=False,
-        )
+    paged = False

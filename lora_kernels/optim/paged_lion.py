@@ -29,7 +29,7 @@ class PagedLion(PagedOptimizer):
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
         *,
-        state_bits: int = 32,
+        state_bits: int | None = None,
         rounding: str = "nearest",
         resident_bytes: int | None = None,
         page_bytes: int | None = None,
@@ -60,12 +60,4 @@ class PagedLion(PagedOptimizer):
 class PagedLion8bit(PagedLion):
     """PagedLion with state_bits=8."""
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.99),
-        weight_decay: float = 0.0,
-        **options: Any,
-    ) -> None:
-        super().__init__(params, lr, betas, weight_decay, **{"state_bits": 8, **options})
+    default_bits = 8

@@ -22,7 +22,6 @@ class StateEntry(dict[str, Any]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """A dictionary like any other; `of` makes those of an optimizer."""
         super().__init__(*args, **kwargs)
-        self.owner: Tensor | None = None
         self.open = False
         self._names: tuple[str, ...] = ()
         self._read: Callable[[], dict[str, Any]] | None = None
@@ -30,10 +29,10 @@ class StateEntry(dict[str, Any]):
         self._copies: dict[str, tuple[Any, int | None]] = {}  # and their versions when they were made
 
     @classmethod
-    def of(cls, owner: Tensor, names: Iterable[str], read: Callable[[], dict[str, Any]]) -> "StateEntry":
-        """That of a parameter. names: of its values, "step" among them; read: gives all but the step."""
+    def of(cls, names: Iterable[str], read: Callable[[], dict[str, Any]]) -> "StateEntry":
+        """That of a parameter in pages. names: of its values, "step" among them; read: gives all others."""
         entry = cls(dict.fromkeys(names))
-        entry.owner, entry._names, entry._read = owner, tuple(entry), read
+        entry._names, entry._read = tuple(entry), read
         return entry
 
     def show_step(self, step: Tensor) -> None:
