@@ -14,8 +14,10 @@ import time
 from typing import NamedTuple
 
 import torch
+from place import STAND_IN, take  # first: it puts tests/ on the path
+
+# isort: split
 from optim_cases import OPS, ROUNDINGS, Problem
-from place import STAND_IN, take
 from problems import NAMES, BatchedCase, Case
 
 import lora_kernels as lk
