@@ -5,8 +5,9 @@
 For T = 1 to 4096 the same call by each kernel that can serve it, interleaved: the forward by
 lora_linear_decode (up to 8 tokens), lora_linear_mixed and panels, dx by lora_linear_backward_dx and panels.
 From these the crossovers that lose the least time over all measured T and shapes, ready for CROSSOVERS of
-lora_kernels/backends/cuda.py. For the panels themselves, sizes of the workspace (PANEL_BYTES of
-the same file). Writes tune.json and tune.md after every shape; changes nothing else.
+lora_kernels/backends/cuda.py. For the panels themselves, sizes of the workspace (PANEL_BYTES of the same
+file) and the ways in which the LoRA term comes to y (LOW_RANK_WAY). Writes tune.json and tune.md after every
+shape; changes nothing else.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from bench.gpu_training_report import NOT_MEASURED, heading  # noqa: E402
 from bench.shapes import RANK, SCALING, weight_bytes  # noqa: E402
 from lora_kernels.backends import cuda  # noqa: E402
 from lora_kernels.backends.cuda_launchers import MOST_DECODE_TOKENS, CudaLaunchers  # noqa: E402
+from lora_kernels.panels import FIRST, JOINED, LAST  # noqa: E402
 
 PANELS, DECODE, MIXED, DX = "panels", "lora_linear_decode", "lora_linear_mixed", "lora_linear_backward_dx"
 OPS = {"lora_linear": MIXED, "lora_linear_backward": DX}
@@ -39,16 +41,21 @@ ALL_TOKENS, NO_TOKENS = 1 << 40, 0
 TOKENS = (256, 512, 128, 1024, 384, 768, 64, 2048, 192, 32, 16, 96, 1536, 4096, 8, 4, 1)
 SHAPES_TUNED = 3
 PANEL_TOKENS, PANEL_MIB = (1024, 4096), (8, 16, 32, 64, 128)
+WAY = "LoRA term"
+WAYS = (FIRST, LAST, JOINED)
 
 
 def backend_with(
-    launchers: CudaLaunchers, limits: Mapping[str, int], panel_bytes: int = cuda.PANEL_BYTES
+    launchers: CudaLaunchers,
+    limits: Mapping[str, int],
+    panel_bytes: int = cuda.PANEL_BYTES,
+    low_rank_way: str | None = None,
 ) -> cuda.CudaBackend:
     """The CUDA backend, its kernels taking as many tokens as `limits` says: kernel -> tokens."""
     table = tuple(
         row._replace(tokens=limits.get(row.kernel, row.tokens), why="forced") for row in cuda.CROSSOVERS
     )
-    return cuda.CudaBackend(launchers, "forced", table, panel_bytes)
+    return cuda.CudaBackend(launchers, "forced", table, panel_bytes, low_rank_way)
 
 
 def best_crossover(ratios: Mapping[int, float]) -> int:
@@ -156,6 +163,9 @@ class Tune(Interleaved):
                     }
                     if self.time_left():
                         self.group(kind, shape, t, jobs)
+                ways = {w: backend_with(self.launchers, none, low_rank_way=w) for w in WAYS}
+                if self.time_left():
+                    self.group(WAY, shape, t, {w: partial(self.forward, base, t, b) for w, b in ways.items()})
         return self.finish()
 
     # ---- the report ----------------------------------------------------------------------------------------
@@ -184,7 +194,17 @@ class Tune(Interleaved):
             if best is None
             else f"PANEL_BYTES = {best[0]} << 20: {best[1]:.3f} of the time of {cuda.PANEL_BYTES >> 20} MiB"
         )
-        return lines
+        return [*lines, *self.ways()]
+
+    def ways(self) -> list[str]:
+        """For LOW_RANK_WAY: the time of each way over FIRST's, by N/K and T."""
+        lines = []
+        for (n, k, t, _), rows in sorted(rows_of(self.record, WAY).items(), key=lambda item: item[0][:3]):
+            found = {way: ratio(rows.get(way), rows.get(FIRST)) for way in (LAST, JOINED)}
+            parts = [f"{way} {r[0]:.3f}" for way, r in found.items() if r is not None]
+            if parts:
+                lines.append(f"{WAY}, N/K = {n / k:.2f}, {n}x{k}, T = {t}: {', '.join(parts)} of first's")
+        return lines or [f"{WAY}: {NOT_MEASURED}"]
 
     def best_panel_mib(self) -> tuple[int, float] | None:
         """The size with the least time (geometric mean over shapes and T), and that over today's size's."""
@@ -204,7 +224,7 @@ class Tune(Interleaved):
     def markdown(self) -> str:
         lines = [*heading(self.record, "Tuning of the CUDA backend"), "", "## Proposed", ""]
         lines += ["```", *self.proposals(), "```"]
-        for kind in (*OPS, "panels forward", "panels dx"):
+        for kind in (*OPS, "panels forward", "panels dx", WAY):
             groups = rows_of(self.record, kind)
             whats = list(dict.fromkeys(what for rows in groups.values() for what in rows))
             body = []

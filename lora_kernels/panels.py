@@ -3,9 +3,13 @@
 An NF4 weight is never dequantised as a whole: a panel of its rows (forward) or a slab of its columns (dx) is
 decoded into a workspace of about PANEL_BYTES (or the backend's own), multiplied, and the workspace is used
 again. Row panels for y and column slabs for dx, so that every output element is one GEMM's fp32 sum over its
-whole inner dimension: summing dx over row panels would round it to T once per panel. The LoRA term is written
-first and the base product accumulates onto it, which costs one rounding of the small term instead of one more
-of the large sum.
+whole inner dimension: summing dx over row panels would round it to T once per panel.
+
+The LoRA term of y has three ways, of which a backend may choose:
+  FIRST   it is written, and the base product accumulates onto it: y is written twice and read once; one
+          rounding of the small term instead of one more of the large sum
+  LAST    the base product is written, and the backend's kernel adds the term to it: as many passes
+  JOINED  y = [x | h]·[W0 | s·B]ᵀ, one GEMM over K + r: y is written once and rounded once, but x is copied
 """
 
 import functools
@@ -20,6 +24,7 @@ from lora_kernels.base_weight import BaseWeight
 LONGEST_SUM = 2048  # of fp32 products that one call of the BLAS adds up
 # Of a CPU: the GEMM of a panel amortises its start, and the panel stays in a last-level cache.
 PANEL_BYTES = 8 << 20
+FIRST, LAST, JOINED = "first", "last", "joined"
 
 
 class Kernels(NamedTuple):
@@ -27,13 +32,16 @@ class Kernels(NamedTuple):
 
     `start_shrink(x, lora_A, p, rng, h)` starts on h [T, r] = dropout(x)·Aᵀ, perhaps beside what follows; h is
     there when what it returns has been called. Without one, torch's GEMM is used. `panel_bytes`: of the
-    workspace; None: PANEL_BYTES.
+    workspace; None: PANEL_BYTES. `low_rank_way(x, base, rank)`: FIRST, LAST or (of an NF4 weight) JOINED;
+    without one FIRST. `add_low_rank(h, lora_B, s, y)`: y [T, N] += s·h·Bᵀ, for LAST.
     """
 
     nf4_dequantize: Callable[[BaseWeight, int, int, Tensor], None]
     lora_dropout: Callable[[Tensor, float, Tensor, int, Tensor], None]
     start_shrink: Callable[[Tensor, Tensor, float, Tensor | None, Tensor], Callable[[], None]] | None = None
     panel_bytes: int | None = None
+    low_rank_way: Callable[[Tensor, BaseWeight, int], str] | None = None
+    add_low_rank: Callable[[Tensor, Tensor, float, Tensor], None] | None = None
 
 
 def bind(function: Callable[..., None], kernels: Kernels) -> Callable[..., None]:
@@ -50,18 +58,23 @@ def _spans(length: int, other: int, itemsize: int, panel_bytes: int | None) -> I
         yield start, min(length, start + step)
 
 
-def row_panels(kernels: Kernels, base: BaseWeight, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
-    """(n0, n1, W0[n0:n1] in dtype); a panel is valid until the next one is asked for."""
+def row_panels(
+    kernels: Kernels, base: BaseWeight, dtype: torch.dtype, more: int = 0
+) -> Iterator[tuple[int, int, Tensor]]:
+    """(n0, n1, W0[n0:n1] in dtype); a panel is valid until the next one is asked for.
+
+    `more`: of an NF4 weight, columns behind those of W0 for the caller to fill.
+    """
     n, k = base.out_features, base.in_features
     if not base.quantized:
         yield 0, n, base.data
         return
     workspace = None
-    for n0, n1 in _spans(n, k, dtype.itemsize, kernels.panel_bytes):
+    for n0, n1 in _spans(n, k + more, dtype.itemsize, kernels.panel_bytes):
         if workspace is None:
-            workspace = torch.empty(n1 - n0, k, dtype=dtype, device=base.data.device)
+            workspace = torch.empty(n1 - n0, k + more, dtype=dtype, device=base.data.device)
         panel = workspace[: n1 - n0]
-        kernels.nf4_dequantize(base, n0, 0, panel)
+        kernels.nf4_dequantize(base, n0, 0, panel[:, :k])
         yield n0, n1, panel
 
 
@@ -133,35 +146,61 @@ def lora_linear(
     y: Tensor,  # [T, N]
     h: Tensor,  # [T, r]
 ) -> None:
-    finish_shrink = None
+    finish_shrink, rank, way = _nothing, 0, FIRST
     if lora_A is not None:
-        b = lora_B.to(x.dtype)
+        b, rank = lora_B.to(x.dtype), lora_A.shape[0]
         if kernels.start_shrink is None:
             shrink(kernels, x, lora_A, dropout_p, rng, h)
         else:
             finish_shrink = kernels.start_shrink(x, lora_A, dropout_p, rng, h)
-    s = scaling / (1 - dropout_p)
-    x, low = zero_behind_rows(x), None
+        if kernels.low_rank_way is not None:
+            way = kernels.low_rank_way(x, base, rank)
+    s, k = scaling / (1 - dropout_p), x.shape[1]
     try:
-        for n0, n1, panel in row_panels(kernels, base, x.dtype):
-            if finish_shrink is not None:  # the first panel has been decoded beside it
-                finish_shrink()
-                finish_shrink = None
+        more = joined_columns(k, rank) if way == JOINED else 0
+        left, low = _with_columns(x, more) if more else zero_behind_rows(x), None
+        for n0, n1, panel in row_panels(kernels, base, x.dtype, more):
             out = y[:, n0:n1]
             start = None if bias is None else bias[n0:n1].to(x.dtype)
-            if lora_A is not None:
+            if way != LAST and low is None:  # the first panel has been decoded beside it
+                finish_shrink()
+                finish_shrink, low = _nothing, zero_behind_rows(h)
+                if more:
+                    left[:, k : k + rank] = h
+            if more:
+                torch.mul(b[n0:n1], s, out=panel[:, k : k + rank])
+                panel[:, k + rank :] = 0
+            elif lora_A is not None and way == FIRST:
                 beta = 0 if start is None else 1  # with beta = 0 the addend is not read
-                low = zero_behind_rows(h) if low is None else low
                 addend = out if start is None else start
                 torch.addmm(addend, low, b[n0:n1].T, beta=beta, alpha=s, out=out)
-                out.addmm_(x, panel.T)
-            elif start is not None:
-                torch.addmm(start, x, panel.T, out=out)
+                out.addmm_(left, panel.T)
+                continue
+            if start is not None:
+                torch.addmm(start, left, panel.T, out=out)
             else:
-                torch.mm(x, panel.T, out=out)
+                torch.mm(left, panel.T, out=out)
     finally:
-        if finish_shrink is not None:  # no panel came: what is beside still reads x and writes h
-            finish_shrink()
+        finish_shrink()  # whatever came: what is beside reads x and writes h
+    if way == LAST:
+        kernels.add_low_rank(h, lora_B, s, y)
+
+
+def joined_columns(k: int, rank: int) -> int:
+    """Behind K: the rank, and up to a multiple of 16, as GEMMs and nf4_dequantize like rows."""
+    return -(-(k + rank) // 16) * 16 - k
+
+
+def _with_columns(x: Tensor, more: int) -> Tensor:
+    """A copy of x [T, K] with `more` zeros behind each row."""
+    wide = x.new_empty(x.shape[0], x.shape[1] + more)
+    wide[:, x.shape[1] :] = 0
+    wide[:, : x.shape[1]] = x
+    return zero_behind_rows(wide)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _add_token_product(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:

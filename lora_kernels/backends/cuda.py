@@ -114,11 +114,37 @@ GRADIENT_OF_H = RankCrossover(
 )
 
 
+class WayCrossover(NamedTuple):
+    """From N = `ratio`·K on panels take `way` (of panels.py) for the LoRA term, below it `below`."""
+
+    way: str
+    ratio: float
+    below: str
+    why: str
+
+
+LOW_RANK_WAY = WayCrossover(
+    panels.JOINED,
+    2,
+    panels.FIRST,
+    "model, not measured: copying x moves 4·T·K bytes, y once more 4·T·N; at N = K the two are equal, and "
+    "the copy takes a workspace",
+)
+WAYS = {
+    panels.FIRST: "is written first, and the product accumulates onto it",
+    panels.LAST: "is added by lora_expand",
+    panels.JOINED: "in the same GEMM, of [x | h] and [W0 | s B]",
+}
+MOST_JOINED = 2
+"""Workspaces of panels that the copy of x may take: 16384 tokens of K = 4096."""
+
+
 class CudaBackend:
     """The functions of a backend over one library of CUDA launchers.
 
     `crossovers`: which kernel takes how many tokens; `panel_bytes`: of the workspace that a panel of W0 is
-    decoded into. Benchmarks and tests bring their own.
+    decoded into; `low_rank_way`: the one way that panels take for the LoRA term, instead of LOW_RANK_WAY's.
+    Benchmarks and tests bring their own.
     """
 
     def __init__(
@@ -127,9 +153,14 @@ class CudaBackend:
         archs: str,
         crossovers: tuple[Crossover, ...] = CROSSOVERS,
         panel_bytes: int = PANEL_BYTES,
+        low_rank_way: str | None = None,
     ) -> None:
         self._launchers, self._archs, self._crossovers = launchers, archs, crossovers
-        self._panels = panels.Kernels(self.nf4_dequantize, self.lora_dropout, self._start_shrink, panel_bytes)
+        self._forced_way = low_rank_way
+        self._panels = panels.Kernels(
+            *(self.nf4_dequantize, self.lora_dropout, self._start_shrink, panel_bytes),
+            *(self._low_rank_way, self._add_low_rank),
+        )
         kernels = composed.Kernels(self.lora_linear, self.lora_linear_backward, self._panels)
         self._composed = kernels
         for op in OPS:
@@ -212,6 +243,22 @@ class CudaBackend:
         with torch.cuda.stream(beside):
             self._launchers.lora_shrink(x, [lora_A], dropout_p, rng, h)
         return lambda: current.wait_stream(beside)
+
+    def _low_rank_way(self, x: Tensor, base: BaseWeight, rank: int) -> str:
+        return self._way(base, x.shape[0], x.dtype, rank)
+
+    def _way(self, base: BaseWeight, tokens: int, dtype: torch.dtype, rank: int) -> str:
+        """Of panels: how the LoRA term comes to y."""
+        if self._launchers.why_not_low_rank(dtype) is not None or rank == 0:
+            return panels.FIRST
+        k = base.in_features
+        way = LOW_RANK_WAY.way if base.out_features >= LOW_RANK_WAY.ratio * k else LOW_RANK_WAY.below
+        way = self._forced_way or way
+        fits = tokens * k * dtype.itemsize <= MOST_JOINED * self._panels.panel_bytes
+        return way if way != panels.JOINED or (fits and base.quantized) else LOW_RANK_WAY.below
+
+    def _add_low_rank(self, h: Tensor, lora_B: Tensor, scaling: float, y: Tensor) -> None:
+        self._launchers.lora_expand_forward(h, [lora_B], [scaling], y, add=True)
 
     def lora_linear_backward(
         self,
@@ -373,6 +420,13 @@ class CudaBackend:
                 f"forward: CUDA {kernel}: one launch, W0 decoded in registers for all tokens, slices of K "
                 f"added {'in a cluster' if clustered else 'through global memory'}; with dropout: "
                 "lora_linear_mixed, and h from lora_shrink, which draws the mask as it reads x"
+            )
+        elif self._launchers.why_not_low_rank(dtype) is None:
+            way = self._way(base, tokens, dtype, 16)
+            lines[0] += f"; the LoRA term {WAYS[way]}"
+            whys.append(
+                f"why (LoRA term): joined from N = {LOW_RANK_WAY.ratio} K on, {LOW_RANK_WAY.below} below: "
+                f"{LOW_RANK_WAY.why}"
             )
         kernel, why = self._kernel("lora_linear_backward", base, tokens, dtype, 0)
         if kernel != "panels":

@@ -1,6 +1,7 @@
 """The GPU benchmarks without a GPU: whole runs on the stand-in, and the rules that judge their numbers."""
 
 import json
+import re
 
 import pytest
 import simt_backend
@@ -67,6 +68,8 @@ def test_the_tuning_times_each_kernel_that_can_serve_a_call(arguments, tmp_path)
     assert ("lora_linear_backward", 96, 40, "lora_linear_backward_dx") in whats
     assert {what for kind, n, _, what in whats if (kind, n) == ("lora_linear", 70)} == {"panels"}  # K = 91
     assert 'Crossover("lora_linear", "lora_linear_mixed", ' in text and "PANEL_BYTES = " in text
+    assert {w for kind, n, _, w in whats if (kind, n) == ("LoRA term", 96)} == {"first", "last", "joined"}
+    assert re.search(r"LoRA term, N/K = .*: last \d\.\d+, joined \d\.\d+ of first's", text)
 
 
 def test_a_forced_table_changes_which_kernel_runs():
