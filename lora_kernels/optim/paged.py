@@ -3,7 +3,7 @@ memory."""
 
 import collections
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,14 @@ from lora_kernels.optim.options import (
     check_settings,
     page_bytes_for,
 )
-from lora_kernels.optim.paged_state import PagedState, Run
+from lora_kernels.optim.paged_state import Run
+from lora_kernels.optim.parameter_states import Kinds, ParameterStates
 from lora_kernels.optim.sharded import local_of, local_part
 from lora_kernels.optim.state_entry import StateEntry
 
 __all__ = ["MIN_8BIT_SIZE", "PagedOptimizer"]
 
 MIN_8BIT_SIZE = 4096  # smaller parameters keep 32-bit state, as bitsandbytes has it
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class PagedOptimizer(torch.optim.Optimizer):
@@ -39,7 +39,8 @@ class PagedOptimizer(torch.optim.Optimizer):
     updated twice for it.
 
     state[p] is a StateEntry: moments are copied out of the pages where they are asked for, and what was put
-    or changed there is taken in by the next step. Without an entry a parameter starts anew, as in torch.
+    or changed there until the next step is taken in by it. Without an entry a parameter starts anew, as in
+    torch; that of a parameter that leaves the groups stays in `state`, out of the pages.
 
     Args:
         ops: the kernels for 32-bit and for 8-bit state, names in the namespace of lora_kernels' ops.
@@ -87,25 +88,20 @@ class PagedOptimizer(torch.optim.Optimizer):
             "rounding": rounding,
             "paged": self.paged,
         }
-        self._ops, self._states, self._state_bits = ops, states, state_bits
-        self._rounding, self._min_8bit_size, self._seed = rounding, min_8bit_size, seed
+        self._kinds = Kinds(ops, states, state_bits, min_8bit_size)
+        self._rounding, self._seed = rounding, seed
         self._reset()
         super().__init__(params, defaults)
         if page_bytes is None:
-            elements = sum(p.numel() for p in _parameters(self.param_groups)) // len(self.param_groups)
+            known = [p for p in _parameters(self.param_groups) if not torch.nn.parameter.is_lazy(p)]
+            elements = sum(p.numel() for p in known) // len(self.param_groups)
             self._settings["page_bytes"] = page_bytes_for(resident_bytes, 4 * len(states) * elements)
             self._reset()
 
     def _reset(self) -> None:
-        self._paged_state = PagedState(**self._settings)
-        self._steps: dict[Tensor, int] = {}  # each parameter's last whole step
-        self._counts = _counts([])  # the same numbers, of which state[p]["step"] are views
-        self._told: list[int] = []  # what was last written there
-        self._recount = False  # whether they are of other parameters than self._steps
+        self._all = ParameterStates(self._settings, self._kinds)
         self._own: dict[Tensor, StateEntry] = {}  # that each parameter's state is shown by
-        self._sharded = False  # whether a parameter is a DTensor
         self._tick = 0  # of the pages: the last whole step of the optimizer
-        self._pending: dict[Tensor, int] | None = None  # of a step that has begun: each parameter's number
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         check_hyperparameters({**self.defaults, **param_group})
@@ -127,8 +123,10 @@ class PagedOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: a sparse gradient; a capture into a CUDA graph (the numbers of steps are arguments
                 of the kernels); a parameter of a step that was cut short has moved since.
-            TypeError: a parameter that is not float32, bfloat16 or float16.
-            ValueError: a hyperparameter out of range, or a parameter of another size than its state.
+            TypeError: a parameter that is not float32, bfloat16 or float16, or a gradient that is neither of
+                its dtype nor float32.
+            ValueError: a hyperparameter out of range, a parameter of another size than its state, or a
+                state[p] that cannot be its state.
             OSError: the backing file's disk is full, or the file was damaged.
             MemoryError: no memory for a page.
         """
@@ -151,14 +149,18 @@ class PagedOptimizer(torch.optim.Optimizer):
         return loss
 
     def _attempt(self) -> None:
-        if self._pending is None:
-            self._pending = self._begin()
+        every = self._all
+        if every.pending is None:
+            every.pending = self._begin()
         else:
-            self._check_pending(self._pending)
-        self._pass()
-        self._steps.update(self._pending)
-        self._show()
-        self._tick, self._pending = self._tick + 1, None  # a signal finds both or neither
+            self._check_pending(every.pending)
+        self._pass(every.pending)
+        every.steps.update(every.pending)
+        if len(self._own) != len(every.steps):
+            for p in every.pending:
+                if p not in self._own:
+                    self._renew(p)
+        self._tick, every.pending = self._tick + 1, None  # a signal finds both or neither
 
     def _begin(self) -> dict[Tensor, int]:
         """The parameters that have a step to make, all with room for their state, and the step's number."""
@@ -169,107 +171,130 @@ class PagedOptimizer(torch.optim.Optimizer):
         for number, (index, p) in enumerate(_numbered(self.param_groups)):
             if p.grad is None:
                 continue
-            if p.grad.layout != torch.strided:
-                raise RuntimeError(
-                    f"{type(self).__name__} does not take sparse gradients, and a parameter of shape "
-                    f"{tuple(p.shape)} has one; torch.optim.SparseAdam does"
-                )
-            if p not in self._paged_state:
-                self._place(self._paged_state, p, index, number)
-            steps[p] = self._steps.get(p, 0) + 1
-        self._recount |= not self._steps.keys() >= steps.keys()
+            self._check_gradient(p, p.grad)
+            if p not in self._all.pages:
+                self._all.place(p, index, number)
+            steps[p] = self._all.steps.get(p, 0) + 1
         return steps
+
+    def _check_gradient(self, p: Tensor, grad: Tensor) -> None:
+        if grad.layout != torch.strided:
+            raise RuntimeError(
+                f"{type(self).__name__} does not take sparse gradients, and a parameter of shape "
+                f"{tuple(p.shape)} has one; torch.optim.SparseAdam does"
+            )
+        if grad.dtype not in (p.dtype, torch.float32):
+            raise TypeError(
+                f"a parameter of {p.dtype} and of shape {tuple(p.shape)} has a gradient of {grad.dtype}, "
+                "expected its dtype or float32"
+            )
 
     def _check_pending(self, pending: dict[Tensor, int]) -> None:
         """Raises RuntimeError where a step that was cut short cannot be completed."""
         groups = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
+        written = self._all.steps.changed()
         for p in pending:
             if p.grad is None:
                 raise RuntimeError(
                     "the last step was cut short, and a parameter of it has no gradient any more: compute "
                     "gradients again and call step() to complete it"
                 )
-            local = local_of(p) if self._sharded else p
-            if p not in groups or not self._paged_state.fits(p, local, groups[p]):
+            self._check_gradient(p, p.grad)
+            here = p in groups and self._all.pages.fits(p, self._all.local(p), groups[p])
+            if not here or self._all.is_resized(p):
                 raise RuntimeError(
-                    f"the last step was cut short, and a parameter of it, of shape {tuple(p.shape)}, has "
-                    "another dtype, device or group since: put it back and call step() to complete it first"
+                    "the last step was cut short, and a parameter of it, of shape "
+                    f"{tuple(p.shape)}, has another size, dtype, device or group since: put it back and call "
+                    "step() to complete it first"
                 )
             entry = self.state.get(p)
-            intact = entry is self._own.get(p) and bool(entry) and not entry.open
-            if p in self._steps and not intact:
+            if p in self._all.steps:
+                intact = self._is_closed(p, entry)
+            else:
+                intact = not entry or not state_format.KNOWN & entry.keys()
+            if not intact or p in written:
                 raise RuntimeError(
                     "the last step was cut short, and state[p] of a parameter of it, of shape "
                     f"{tuple(p.shape)}, was changed since: close() forgets all state, or load a state_dict"
                 )
 
+    # ---- what stands in `state` ----------------------------------------------------------------------------
+
+    def _is_closed(self, p: Tensor, entry: Any) -> bool:
+        """Whether state[p] says nothing else than the pages."""
+        return bool(entry) and entry is self._own.get(p) and not entry.open
+
     def _take_in_all(self) -> None:
         """Makes what stands in `state` the state, where that is not what the pages have, and brings state to
-        where its parameters belong now."""
-        placed = 0
-        for index, p in _numbered(self.param_groups):
-            if p in self._paged_state:
-                placed += 1
-                if not self._paged_state.fits(p, local_of(p) if self._sharded else p, index):
-                    placed = -1
-                    break
+        where its parameters belong now.
+
+        Where an exception is raised, what was not yet taken in stands as it was.
+        """
+        every = self._all
+        every.steps.take_in()
+        grouped, apart, resized = set(), False, set()
         # Entries that are another parameter's are read before its pages change.
-        given: dict[Tensor, dict[str, Any]] = {}
-        for _, p in _numbered(self.param_groups):
+        given: dict[Tensor, Mapping[str, Any]] = {}
+        for index, p in _numbered(self.param_groups):
+            grouped.add(p)
             entry = self.state.get(p)
             if entry and entry is not self._own.get(p):
                 given[p] = dict(entry)
-        counts = self._counts.tolist()
-        changed = counts != self._told  # in place
-        if changed:
-            for p, count in zip(list(self._steps), counts, strict=True):
-                self._steps[p] = state_format.step_of({"step": count})
-        try:
-            for number, (index, p) in enumerate(_numbered(self.param_groups)):
-                entry = self.state.get(p)
-                if entry and entry is self._own.get(p) and not entry.open:
-                    continue
-                changed |= bool(entry) or p in self._steps
-                if entry:
-                    self._take_in(p, given.get(p, entry), index, number)
-                elif p in self._steps:  # its state was cleared
-                    self._forget(p)
-            if placed != len(self._paged_state):
-                changed = True
-                self._move()
-        finally:
-            if changed:
-                self._show()
+            if p in every.pages:
+                apart |= not every.pages.fits(p, every.local(p), index)
+                if every.is_resized(p) and self._starts_anew(p, entry):
+                    resized.add(p)
+                    if entry:
+                        given[p] = dict(entry)
+        if resized:
+            self._move(resized)
+        for number, (index, p) in enumerate(_numbered(self.param_groups)):
+            entry = self.state.get(p)
+            if self._is_closed(p, entry):
+                continue
+            if entry:
+                self._take_in(p, entry, given.get(p, entry), index, number)
+            elif p in every.steps:  # its state was cleared
+                self._forget(p)
+        if apart or any(p not in grouped for p in every.pages):
+            self._move()
+        if every.steps.compact():
+            for p, entry in self._own.items():
+                entry.show_step(every.steps.tensor(p))
 
-    def _take_in(self, p: Tensor, entry: dict[str, Any], group: int, number: int) -> None:
-        """Makes state[p] the state of p."""
+    def _starts_anew(self, p: Tensor, entry: Any) -> bool:
+        """Of a parameter of another size than its state: whether that was replaced or taken away."""
+        if entry and entry is self._own.get(p) and not entry.changed():
+            entry.close()  # it was only read
+        if not self._is_closed(p, entry):
+            return True
+        if p.grad is not None:
+            elements = self._all.pages.shape_of(p).numel()
+            raise ValueError(
+                f"a parameter has shape {tuple(p.shape)}, expected {elements} elements, which its state has: "
+                "to go on without that state, delete state[p]"
+            )
+        return False
+
+    def _take_in(self, p: Tensor, entry: Any, values: Mapping[str, Any], group: int, number: int) -> None:
+        """Makes state[p], an entry with these values, the state of p."""
         own = entry is self._own.get(p)
-        if own and self._sharded and self._state_bits == 8 and not entry.changed():
+        if own and self._all.sharded and self._kinds.bits == 8 and not entry.changed():
             entry.close()  # its moments are float32: to quantise them again would change them
             return
-        given = state_format.flattened(dict(entry))
-        known = state_format.KNOWN & given.keys()
-        if not known:
-            if p in self._steps:
+        flat = state_format.flattened(dict(values))
+        if not state_format.KNOWN & flat.keys():
+            if p in self._all.steps:
                 self._forget(p)
             return
-        if p not in self._paged_state:
-            self._place(self._paged_state, p, group, number)
-        if known != {"step"}:
-            eight = self._paged_state.op_of(p) == self._ops[1]
-            self._paged_state.write(p, state_format.values_of(p, given, self._states, eight))
-        self._recount |= p not in self._steps
-        self._steps[p] = state_format.step_of(given)
+        self._all.write(p, flat, group, number)
         if own:
             entry.close()
-            return
-        self._renew(p)
-        self._recount = True
+        else:
+            self._renew(p)
 
     def _forget(self, p: Tensor) -> None:
-        self._paged_state.clear(p)
-        self._recount = True
-        del self._steps[p]
+        self._all.forget(p)
         self.state.pop(p, None)
         self._detach(p)
 
@@ -277,60 +302,50 @@ class PagedOptimizer(torch.optim.Optimizer):
         if p in self._own:
             self._own.pop(p).detach()
 
-    def _move(self) -> None:
-        """Brings the state of parameters to where they belong now.
+    def _move(self, without: Collection[Tensor] = ()) -> None:
+        """Brings the state of parameters to where they belong now; of those `without`, it goes.
 
-        The pages of an arena are updated with the hyperparameters of its group and as parameters of its
-        dtype. A parameter that is in no group any more loses its state.
+        That of a parameter that is in no group any more stays in `state`, out of the pages.
         """
-        groups = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
-        moved = PagedState(**self._settings)
-        try:
-            for number, p in enumerate(_parameters(self.param_groups)):
-                if p in self._paged_state and p not in moved:
-                    self._place(moved, p, groups[p], number)
-                    moved.write(p, self._paged_state.read(p))
-        except BaseException:
-            moved.close()
-            raise
-        left, self._paged_state = self._paged_state, moved
-        left.close()
-        self._recount = True
-        for p in [p for p in self._steps if p not in moved]:
-            del self._steps[p]
-            self.state.pop(p, None)
+        grouped = set(_parameters(self.param_groups))
+        for p, entry in self._own.items():
+            if p not in grouped:
+                entry.make_open()
+        self._all.move(self.param_groups, without)
+        for p in [p for p in self._own if p not in self._all.steps]:
             self._detach(p)
-        for p in self._steps:  # the names may be others
-            self._renew(p)
+        for p, entry in self._own.items():
+            names = self._all.names(p)
+            if names != entry.names:
+                entry.rename(names)
 
-    def _place(self, paged_state: PagedState, parameter: Tensor, group: int, number: int) -> str:
-        """Makes room for a parameter's state, zeros. Returns the kernel that will update it."""
-        if parameter.dtype not in DTYPES:
-            raise TypeError(
-                f"{type(self).__name__} got a parameter of {parameter.dtype}, expected float32, bfloat16 or "
-                "float16"
-            )
-        self._sharded |= hasattr(parameter, "to_local")
-        small = self._state_bits == 32 or parameter.numel() < self._min_8bit_size
-        op = self._ops[0 if small else 1]
-        paged_state.place(parameter, local_of(parameter), op, group, number)
-        return op
+    def _renew(self, p: Tensor) -> None:
+        """A new entry for p, with what stands in the old one under other names."""
+        made = StateEntry.of(self._all.names(p), functools.partial(self._all.read, p))
+        left = self.state.get(p, {})
+        for name in left:  # without opening it
+            if name not in state_format.NAMES:
+                made[name] = left[name]
+        made.show_step(self._all.steps.tensor(p))
+        self._detach(p)
+        self.state[p] = self._own[p] = made
 
-    def _pass(self) -> None:
+    # ---- an update of pages --------------------------------------------------------------------------------
+
+    def _pass(self, steps: dict[Tensor, int]) -> None:
         """Updates the pages that have not been for this step; the kernel knows which."""
-        assert self._pending is not None
-        runs = [run.of(self._pending) for run in self._paged_state.runs(backwards=self._tick % 2 == 1)]
+        runs = [run.of(steps) for run in self._all.pages.runs(backwards=self._tick % 2 == 1)]
         waiting = [run for run in runs if run is not None]
         for at, run in enumerate(waiting):
             following = waiting[at + 1 :]
-            with self._paged_state.pinned(run) as pages:
-                self._paged_state.prefetch(following)
+            with self._all.pages.pinned(run) as pages:
+                self._all.pages.prefetch(following)
                 self._update(run, pages)
-            self._paged_state.write_back(run, following)
+            self._all.pages.write_back(run, following)
 
     def _update(self, run: Run, pages: list[Tensor]) -> None:
         given, gradients = list(run.parameters), [p.grad for p in run.parameters]
-        if self._sharded:
+        if self._all.sharded:
             gradients = [local_part(g, p) for g, p in zip(gradients, given, strict=True)]
             given = [local_of(p) for p in given]
         # Copies only of what is not contiguous.
@@ -346,42 +361,8 @@ class PagedOptimizer(torch.optim.Optimizer):
             for p, q in zip(given, updated, strict=True):
                 if p is not q:
                     p.copy_(q)
-        if self._sharded:
+        if self._all.sharded:
             torch.autograd.graph.increment_version(run.parameters)
-
-    def _renew(self, p: Tensor) -> StateEntry:
-        """A new entry for p, with what stands in the old one under other names."""
-        names = state_format.names_of(p, self._paged_state.names(p), self._states, self._state_bits)
-        made, old = StateEntry.of(names, functools.partial(self._entry, p)), self.state.get(p, {})
-        for name in old:
-            if name not in state_format.NAMES and name not in made:
-                made[name] = old[name]
-        self._detach(p)
-        self.state[p] = self._own[p] = made
-        return made
-
-    def _show(self) -> None:
-        """Makes state[p] of every parameter that has had a step tell its number."""
-        self._told = list(self._steps.values())
-        if not self._recount:
-            self._counts.copy_(torch.tensor(self._told, device="cpu"))
-            return
-        self._counts = _counts(self._told)
-        for i, p in enumerate(self._steps):
-            entry = self.state.get(p)
-            if entry is None or entry is not self._own.get(p):
-                entry = self._renew(p)
-            entry.show_step(self._counts[i])
-        self._recount = False
-
-    def _entry(self, p: Tensor) -> dict[str, Any]:
-        """What a file says of a parameter."""
-        if self._pending is not None:
-            raise RuntimeError(
-                "the last step was cut short: call step() to complete it before its state is read"
-            )
-        parts = self._paged_state.read(p)
-        return state_format.entry_of(p, parts, self._states, self._state_bits, self._steps[p])
 
     def _hyperparameters(self, group: dict[str, Any]) -> tuple[float, ...]:
         """What the kernel takes, in its order: lr, beta1, beta2, eps where it has one, weight_decay."""
@@ -394,17 +375,19 @@ class PagedOptimizer(torch.optim.Optimizer):
 
         The next step brings in what it needs. A CPU's state without a budget gets its file by this.
         """
-        return self._paged_state.evict()
+        return self._all.pages.evict()
 
     def stats(self) -> dict[str, float]:
         """Of all devices together: pages, resident_bytes, peak_resident_bytes, host_bytes, faults, evictions,
         bytes_read, bytes_written, stalled_s (seconds that steps have waited for pages)."""
-        return self._paged_state.stats()
+        return self._all.pages.stats()
 
     def close(self) -> None:
         """Gives back all memory and the file. The optimizer then has no state, as when it was new."""
-        self._paged_state.close()
+        self._all.close()
         self.state.clear()
+        for p in list(self._own):
+            self._detach(p)
         self._reset()
 
     # ---- saving and loading --------------------------------------------------------------------------------
@@ -418,22 +401,42 @@ class PagedOptimizer(torch.optim.Optimizer):
             RuntimeError: a step was cut short. Call step() first: a state in the middle of a step is
                 nobody's.
         """
-        if self._pending is not None:
-            raise RuntimeError("the last step was cut short: call step() to complete it before saving")
-        with torch.no_grad():
-            self._take_in_all()
+
+        left: dict[Tensor, Any] = {}
+
+        def take_in(_: torch.optim.Optimizer) -> None:
+            self._take_in_whole("saving")
+            grouped = set(_parameters(self.param_groups))
+            for p in [k for k in self.state if isinstance(k, Tensor) and k not in grouped]:
+                left[p] = self.state.pop(p)  # the base class has no name for it
 
         def fill(_: torch.optim.Optimizer, packed: dict[str, Any]) -> None:
+            names, parameters = _names(packed), _parameters(self.param_groups)
+            known = set(names)
+            others = {k: v for k, v in packed["state"].items() if k not in known}
             packed["state"] = {}
-            for name, p in zip(_names(packed), _parameters(self.param_groups), strict=True):
-                if p in self._steps:
-                    packed["state"][name] = self._entry(p)
+            for name, p in zip(names, parameters, strict=True):
+                entry = self.state.get(p)
+                if p in self._all.steps:
+                    packed["state"][name] = {**self._all.read(p), **entry.others()}
+                elif entry:
+                    packed["state"][name] = dict(entry)
+            packed["state"].update(others)
 
-        hook = self.register_state_dict_post_hook(fill, prepend=True)  # before those that are to see it
+        # Behind the hooks that may change the state, and before those that are to see the file.
+        before = self.register_state_dict_pre_hook(take_in)
+        after = self.register_state_dict_post_hook(fill, prepend=True)
         try:
             return super().state_dict()
         finally:
-            hook.remove()
+            self.state.update(left)
+            before.remove()
+            after.remove()
+
+    def _take_in_whole(self, before: str) -> None:
+        self._all.check_whole(before)
+        with torch.no_grad():
+            self._take_in_all()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads the state of this optimizer, of torch's AdamW, or of bitsandbytes' with 32 or 8 bits.
@@ -445,31 +448,34 @@ class PagedOptimizer(torch.optim.Optimizer):
             ValueError: groups or shapes that are not this optimizer's, or state that it does not know.
             OSError, MemoryError: no room for the pages.
         """
-        loaded: list[tuple[PagedState, dict[Tensor, int]]] = []
+        loaded: list[ParameterStates] = []
 
         def convert(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-            flat = {k: state_format.flattened(v) for k, v in given["state"].items()}
-            entries = {k: entry for k, entry in flat.items() if state_format.KNOWN & entry.keys()}
+            entries, light = {}, {}
+            for k, v in given["state"].items():
+                light[k] = v
+                if isinstance(v, Mapping):
+                    flat = state_format.flattened(v)
+                    light[k] = {n: value for n, value in flat.items() if n not in state_format.NAMES}
+                    if state_format.KNOWN & flat.keys():
+                        entries[k] = flat
             for group in given["param_groups"]:
                 check_options(group)
             names, parameters = _names(given), _parameters(self.param_groups)
             if len(names) == len(parameters):  # else the base class says what is wrong
                 pairs = zip(names, parameters, strict=True)
                 loaded.append(self._loaded({p: entries[n] for n, p in pairs if n in entries}))
-            light = {n: {"step": state_format.step_of(e)} for n, e in entries.items()}
             return {**given, "state": light}
 
         def take(_: torch.optim.Optimizer) -> None:
             for group in self.param_groups:
                 for key, value in self.defaults.items():
                     group.setdefault(key, value)
-            self._paged_state.close()
-            self._paged_state, self._steps = loaded.pop()
-            self._pending, self._recount = None, True
-            self.state.clear()
+            self._all.close()
+            self._all = loaded.pop()
             for p in list(self._own):
                 self._detach(p)
-            self._show()
+            self._show_all()
 
         # Behind the hooks that may change the file, and before those that are to see what was loaded.
         before = self.register_load_state_dict_pre_hook(convert)
@@ -479,37 +485,37 @@ class PagedOptimizer(torch.optim.Optimizer):
         finally:
             before.remove()
             after.remove()
-            for paged_state, _ in loaded:
-                paged_state.close()
+            for left in loaded:
+                left.close()
 
-    def _loaded(self, entries: dict[Tensor, dict[str, Any]]) -> tuple[PagedState, dict[Tensor, int]]:
-        """Pages with the state of a file, and the parameters' step numbers."""
-        loaded = PagedState(**self._settings)
+    def _loaded(self, entries: Mapping[Tensor, Mapping[str, Any]]) -> ParameterStates:
+        """The state that a file's entries say."""
+        loaded = ParameterStates(self._settings, self._kinds)
         try:
-            number = -1
-            for index, group in enumerate(self.param_groups):
-                for p in group["params"]:
-                    number += 1
-                    if p in entries:
-                        op = self._place(loaded, p, index, number)
-                        eight = op == self._ops[1]
-                        loaded.write(p, state_format.values_of(p, entries[p], self._states, eight))
+            for number, (index, p) in enumerate(_numbered(self.param_groups)):
+                if p in entries:
+                    loaded.write(p, entries[p], index, number)
         except BaseException:
             loaded.close()
             raise
-        return loaded, {p: state_format.step_of(entry) for p, entry in entries.items()}
+        return loaded
+
+    def _show_all(self) -> None:
+        """Entries for all that has had a step, and none for parameters of which nothing is known."""
+        for p in self._all.steps:
+            self._renew(p)
+        for p in [k for k, entry in self.state.items() if isinstance(k, Tensor) and not entry]:
+            del self.state[p]
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copy: the settings and all state, out of its pages."""
-        if self._pending is not None:
-            raise RuntimeError("the last step was cut short: call step() to complete it before copying")
-        with torch.no_grad():
-            self._take_in_all()
+        self._take_in_whole("copying")
         entries = {
-            i: self._entry(p) for i, p in enumerate(_parameters(self.param_groups)) if p in self._steps
+            i: self._all.read(p) for i, p in enumerate(_parameters(self.param_groups)) if p in self._all.steps
         }
+        others = {k: self._own[k].others() if k in self._own else entry for k, entry in self.state.items()}
         own = {name: value for name, value in vars(self).items() if name in _SETTINGS}
-        return {**super().__getstate__(), "state": {}, "_own": own, "_entries": entries}
+        return {**super().__getstate__(), "state": others, "_own": own, "_entries": entries}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         own, entries = state.pop("_own", None), state.pop("_entries", None)
@@ -521,21 +527,14 @@ class PagedOptimizer(torch.optim.Optimizer):
         self._reset()
         self._tick = tick
         parameters = _parameters(self.param_groups)
-        self._paged_state, self._steps = self._loaded(
+        self._all = self._loaded(
             {parameters[number]: state_format.flattened(entry) for number, entry in entries.items()}
         )
-        self.state, self._recount = collections.defaultdict(dict), True
-        self._show()
+        self.state = collections.defaultdict(dict, self.state)
+        self._show_all()
 
 
-_SETTINGS = (
-    *("_settings", "_ops", "_states", "_state_bits", "_rounding", "_min_8bit_size", "_seed", "_tick"),
-)
-
-
-def _counts(steps: list[int]) -> Tensor:
-    with torch.inference_mode(False):  # they are changed in place for as long as the optimizer lives
-        return torch.tensor(steps, dtype=torch.float32, device="cpu")
+_SETTINGS = ("_settings", "_kinds", "_rounding", "_seed", "_tick")
 
 
 def _numbered(groups: list[dict[str, Any]]) -> Iterator[tuple[int, Tensor]]:

@@ -110,6 +110,7 @@ class PagedState:
         self._arenas: dict[Arena, list[int]] = {}  # each arena's pages
         self._entries: dict[tuple[torch.device, int], list[tuple[Tensor, Piece]]] = {}
         self._homes: dict[Tensor, tuple[Arena, list[Piece]]] = {}
+        self._shapes: dict[Tensor, torch.Size] = {}
         self._numbers: dict[Tensor, int] = {}
         self._runs: list[Run] | None = None
         self._held: dict[tuple[torch.device, tuple[int, ...]], list[Tensor]] = {}
@@ -119,23 +120,20 @@ class PagedState:
         """Parameters."""
         return len(self._homes)
 
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._homes)
+
     def __contains__(self, parameter: Tensor) -> bool:
         return parameter in self._homes
 
     def fits(self, parameter: Tensor, local: Tensor, group: int) -> bool:
-        """Whether a parameter's state lies where a parameter of such a kind belongs.
-
-        Raises:
-            ValueError: the state is of another number of elements.
-        """
-        arena, pieces = self._homes[parameter]
-        elements = pieces[-1].first + pieces[-1].count if pieces else 0
-        if elements != local.numel():
-            raise ValueError(
-                f"a parameter has shape {tuple(local.shape)}, expected {elements} elements, which its state "
-                "has: to go on without that state, call close() or make a new optimizer"
-            )
+        """Whether a parameter's state lies where a parameter of such a kind belongs."""
+        arena = self._homes[parameter][0]
         return (arena.device, arena.group, arena.dtype) == (local.device, group, local.dtype)
+
+    def shape_of(self, parameter: Tensor) -> torch.Size:
+        """That of the parameter, or of this process's part of it, when its state was placed."""
+        return self._shapes[parameter]
 
     def place(self, parameter: Tensor, local: Tensor, op: str, group: int, number: int) -> None:
         """Makes room for the state of a parameter, zeros, in as few pages as there are.
@@ -166,7 +164,7 @@ class PagedState:
             if not pages or pages[-1] != piece.page:
                 pages.append(piece.page)
             self._entries.setdefault((local.device, piece.page), []).append((parameter, piece))
-        self._homes[parameter] = arena, pieces
+        self._homes[parameter], self._shapes[parameter] = (arena, pieces), local.shape
         self._numbers[parameter] = number
         self._runs = None
 
@@ -281,8 +279,8 @@ class PagedState:
         self._release()
         for pager in self._pagers.values():
             pager.close()
-        self._pagers, self._arenas, self._entries, self._homes, self._numbers = {}, {}, {}, {}, {}
-        self._runs = None
+        self._pagers, self._arenas, self._entries = {}, {}, {}
+        self._homes, self._shapes, self._numbers, self._runs = {}, {}, {}, None
 
     def _release(self) -> None:
         """Unpins the pages of runs that were pinned once."""

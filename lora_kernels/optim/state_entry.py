@@ -1,5 +1,6 @@
 """What state[p] of a paged optimizer is."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -35,9 +36,27 @@ class StateEntry(dict[str, Any]):
         entry._names, entry._read = tuple(entry), read
         return entry
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of its values in the pages, and "step"."""
+        return self._names
+
     def show_step(self, step: Tensor) -> None:
         self._step = step
         super().__setitem__("step", step)
+
+    def rename(self, names: Iterable[str]) -> None:
+        """Of a closed entry: its values are others now, of the same parameter."""
+        names = tuple(names)
+        for name in self._names:
+            if name not in names:
+                super().__delitem__(name)
+        self._names = names
+        self.close()
+
+    def others(self) -> dict[str, Any]:
+        """What stands in it under names that are not the optimizer's."""
+        return {name: super(StateEntry, self).__getitem__(name) for name in self if name not in NAMES}
 
     def changed(self) -> bool:
         """Whether it is not as it was when it was opened, as far as identities and versions tell."""
@@ -138,8 +157,8 @@ class StateEntry(dict[str, Any]):
         self.update(other)
         return self
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return dict, (self.copy(),)
+    def __reduce__(self) -> tuple[Any, ...]:  # torch.load(weights_only=True) knows an OrderedDict
+        return OrderedDict, (), None, None, iter(self.items())
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(self)})"

@@ -10,7 +10,7 @@ from lora_kernels import optim_state
 from lora_kernels.optim.sharded import local_of, local_part, sharded_like
 from lora_kernels.optim_state import dequantize_blockwise, dynamic_map, quantize_blockwise
 
-__all__ = ["entry_of", "flattened", "names_of", "step_of", "values_of"]
+__all__ = ["KNOWN", "NAMES", "entry_of", "flattened", "names_of", "step_of", "values_of"]
 
 # bitsandbytes hides what has not the parameter's shape in a dictionary of this name.
 NESTED = "__bnb_optimizer_quant_state__"
@@ -38,12 +38,18 @@ def step_of(entry: Mapping[str, Any]) -> int:
 
 
 def entry_of(
-    parameter: Tensor, parts: Mapping[str, Tensor], states: tuple[str, ...], bits: int, step: int
+    parameter: Tensor,
+    parts: Mapping[str, Tensor],
+    shape: torch.Size,
+    states: tuple[str, ...],
+    bits: int,
+    step: int,
 ) -> dict[str, Any]:
     """What a file says of one parameter.
 
     Args:
         parts: flat, as PagedState.read gives them.
+        shape: of this process's part of the state.
         states: torch's names of the states, in order.
         bits: of the optimizer: 32 names them as torch does, 8 as bitsandbytes does, state1, state2.
     """
@@ -53,15 +59,15 @@ def entry_of(
     for i, name in enumerate(states, 1):
         label = name if bits == 32 else f"state{i}"
         if name in parts:
-            entry[label] = sharded_like(parts[name].view(local.shape), parameter)
+            entry[label] = sharded_like(parts[name].view(shape), parameter)
         elif local is parameter:
-            entry[label], entry[f"absmax{i}"] = parts[f"state{i}"].view(local.shape), parts[f"absmax{i}"]
+            entry[label], entry[f"absmax{i}"] = parts[f"state{i}"].view(shape), parts[f"absmax{i}"]
             entry[f"qmap{i}"] = dynamic_map(signed=i == 1).to(local.device)
         else:  # the blocks of a part of a parameter are not those of the whole: what they stand for is kept
             whole = dequantize_blockwise(parts[f"state{i}"], parts[f"absmax{i}"], signed=i == 1)
-            entry[label] = sharded_like(whole.view(local.shape), parameter)
+            entry[label] = sharded_like(whole.view(shape), parameter)
     if "compensation" in parts:
-        entry["compensation"] = sharded_like(parts["compensation"].view(local.shape), parameter)
+        entry["compensation"] = sharded_like(parts["compensation"].view(shape), parameter)
     return entry
 
 

@@ -188,7 +188,7 @@ def test_a_step_whose_parameters_have_moved_is_not_completed(how, monkeypatch):
     else:
         group["params"] = group["params"][1:]
     with pytest.raises(
-        RuntimeError, match=r"of shape \(16, 1024\), has another dtype, device or group since"
+        RuntimeError, match=r"of shape \(16, 1024\), has another size, dtype, device or group since"
     ):
         optimizer.step()
     if how == "dtype":
@@ -362,7 +362,7 @@ def test_a_thousand_adapters_lie_in_as_few_pages_as_one_large_tensor():
     large.step()
     assert optimizer.stats()["pages"] == 16  # with 63 pieces of 1 KiB each
     assert large.stats()["pages"] == 17  # with 31 blocks of 2 KiB each
-    assert len(optimizer._paged_state.runs(backwards=False)) == 1
+    assert len(optimizer._all.pages.runs(backwards=False)) == 1
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
@@ -381,7 +381,7 @@ def test_copy_and_pickle_go_on_to_the_same_bits(kind):
 def test_memory_is_given_back():
     optimizer = lk.optim.PagedAdamW(parameters())
     train(optimizer, gradients(1))
-    pager = next(iter(optimizer._paged_state._pagers.values()))
+    pager = next(iter(optimizer._all.pages._pagers.values()))
     optimizer.close()
     assert pager.closed and not any(optimizer.stats().values()) and not optimizer.state
     train(optimizer, gradients(1))  # starts anew
@@ -513,7 +513,7 @@ def test_bad_parameters_and_gradients_are_named():
         lk.optim.PagedAdamW(embedding.parameters()).step()
     p = nn.Parameter(torch.zeros(3, dtype=torch.float64))
     p.grad = torch.zeros_like(p)
-    with pytest.raises(TypeError, match="PagedLion got a parameter of torch.float64, expected float32"):
+    with pytest.raises(TypeError, match="a parameter is of torch.float64, expected float32"):
         lk.optim.PagedLion([p]).step()
 
 

@@ -83,7 +83,7 @@ def test_a_signal_behind_a_kernel_loses_no_update_of_a_copy(monkeypatch):
 def test_a_signal_behind_a_pin_leaves_no_page_pinned(monkeypatch, tmp_path):
     optimizer = lk.optim.PagedAdamW(parameters(), resident_bytes=1, page_bytes=PAGE, directory=tmp_path)
     train(optimizer, gradients(1))
-    (pager,) = optimizer._paged_state._pagers.values()
+    (pager,) = optimizer._all.pages._pagers.values()
 
     class Interrupted:
         """The pager, behind whose first pin a signal comes."""
@@ -95,10 +95,10 @@ def test_a_signal_behind_a_pin_leaves_no_page_pinned(monkeypatch, tmp_path):
             pager.pin(*arguments)
             raise KeyboardInterrupt
 
-    (device,) = optimizer._paged_state._pagers
+    (device,) = optimizer._all.pages._pagers
     for call in (optimizer.step, optimizer.state_dict):
         with monkeypatch.context() as patch:
-            patch.setitem(optimizer._paged_state._pagers, device, Interrupted())
+            patch.setitem(optimizer._all.pages._pagers, device, Interrupted())
             with pytest.raises(KeyboardInterrupt):
                 call()
         optimizer.step()

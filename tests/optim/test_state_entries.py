@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import io
 import pickle
 
 import pytest
@@ -49,8 +50,13 @@ def test_an_entry_is_what_the_file_says(kind, rounding):
         ):
             assert type(copied) is dict and copied.keys() == entry.keys()
             assert all(equal(copied[name], value) for name, value in entry.items())
-        for whole in (copy.deepcopy(shown), pickle.loads(pickle.dumps(shown))):
-            assert type(whole) is dict and all(equal(whole[name], value) for name, value in entry.items())
+        file = io.BytesIO()
+        torch.save({0: shown}, file)
+        file.seek(0)
+        loaded = torch.load(file, weights_only=True)[0]
+        for whole in (copy.deepcopy(shown), pickle.loads(pickle.dumps(shown)), loaded):
+            assert type(whole) is collections.OrderedDict and whole.keys() == entry.keys()
+            assert all(equal(whole[name], value) for name, value in entry.items())
         assert shown.get("nothing") is None and shown.get("nothing", 3) == 3 and "nothing" not in shown
         with pytest.raises(KeyError):
             shown["nothing"]
@@ -334,7 +340,7 @@ def test_no_room_for_a_new_parameters_state_is_tried_again(monkeypatch):
     optimizer, ps = trained(resident_bytes=2 * PAGE)
     late = torch.nn.Parameter(torch.ones(5000))
     optimizer.add_param_group({"params": [late]})
-    late.grad, place, tried = torch.ones(5000), type(optimizer._paged_state).place, []
+    late.grad, place, tried = torch.ones(5000), type(optimizer._all.pages).place, []
 
     def full(*arguments):
         tried.append(1)
@@ -342,7 +348,7 @@ def test_no_room_for_a_new_parameters_state_is_tried_again(monkeypatch):
             raise MemoryError("no page")
         return place(*arguments)
 
-    monkeypatch.setattr(type(optimizer._paged_state), "place", full)
+    monkeypatch.setattr(type(optimizer._all.pages), "place", full)
     optimizer.step()
     assert len(tried) == 2 and optimizer.state[late]["step"] == 1 and optimizer.state[ps[0]]["step"] == 3
 
