@@ -130,12 +130,16 @@ class FusedLoRALinear(nn.Module):
         double_quant: bool = True,
         adapter_dtype: torch.dtype | None = None,
         adapter_name: str = "default",
+        quantize_device: torch.device | str | None = None,
     ) -> "FusedLoRALinear":
         """The same layer around the weight and bias of an nn.Linear, or of bitsandbytes' Linear4bit (nf4).
 
         A dense weight is shared, not copied, when it is not quantised; the packed bytes of a Linear4bit
         always are (`quantize`, `blocksize` and `double_quant` then are what it has). The given layer is not
         changed.
+
+        quantize_device: where the weight is quantised, if not where it is: a GPU does it faster, and with one
+        layer at a time never holds a dense model. The bytes are the same, and lie where the weight does.
 
         Raises:
             TypeError: another kind of layer.
@@ -147,7 +151,7 @@ class FusedLoRALinear(nn.Module):
         if isinstance(linear, nn.Linear) and hasattr(weight, "quant_state"):  # bitsandbytes' Linear4bit
             layer._set_nf4(NF4Weight.from_params4bit(weight), linear.bias)
         elif isinstance(linear, nn.Linear) and type(weight) is nn.Parameter:
-            layer._set_base(weight.detach(), linear.bias, quantize, blocksize, double_quant)
+            layer._set_base(weight.detach(), linear.bias, quantize, blocksize, double_quant, quantize_device)
         else:  # another layer, or a quantised one whose weight is a tensor subclass
             kind = f" with a weight of type {type(weight).__name__}" if isinstance(linear, nn.Linear) else ""
             raise TypeError(
@@ -169,12 +173,19 @@ class FusedLoRALinear(nn.Module):
     # ---- the frozen base -----------------------------------------------------------------------------------
 
     def _set_base(
-        self, weight: Tensor, bias: Tensor | None, quantize: str | None, blocksize: int, double_quant: bool
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        quantize: str | None,
+        blocksize: int,
+        double_quant: bool,
+        quantize_device: torch.device | str | None = None,
     ) -> None:
         if quantize not in (None, "nf4"):
             raise ValueError(f"quantize is {quantize!r}, expected 'nf4' or None")
         if quantize == "nf4":
-            self._set_nf4(nf4_quantize(weight, blocksize, double_quant), bias)
+            there = weight if quantize_device is None else weight.to(quantize_device)
+            self._set_nf4(nf4_quantize(there, blocksize, double_quant).to(weight.device), bias)
             return
         if weight.dim() != 2 or not weight.is_floating_point():
             raise TypeError(

@@ -8,6 +8,20 @@ import simt_backend
 import torch
 from variants import KERNELS, VARIANTS, variant
 
+# Of the CUDA kernels those of sm_90 differ in lora_linear_decode alone: simt-90 runs where that is called.
+CLUSTERED = ("test_lora_linear", "test_training_step", "test_layouts")
+
+
+def pytest_collection_modifyitems(config, items):
+    def repeats(item) -> bool:
+        values = getattr(item, "callspec", None) and item.callspec.params.values()
+        return bool(values) and "simt-90" in values and item.path.stem not in CLUSTERED
+
+    dropped = [item for item in items if repeats(item)]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if not repeats(item)]
+
 
 @pytest.fixture(params=VARIANTS)
 def backend(request):

@@ -12,9 +12,11 @@ DROPOUT, MASK = f"{_CUDA}lora_dropout.cu", f"{_CUDA}dropout.cuh"
 NF4, DEQUANTIZE, QUANTIZE = (f"{_CUDA}{n}" for n in ("nf4.cuh", "nf4_dequantize.cu", "nf4_quantize.cu"))
 STEP, GLUE = f"{_CUDA}optim_step.cu", "lora_kernels/backends/cuda.py"
 
-LORA, BATCHED, OF_DROPOUT, OF_DEQUANTIZE, OF_QUANTIZE = (
-    f"tests/test_{n}.py -k simt"
-    for n in ("lora_linear", "lora_linear_batched", "lora_dropout", "nf4_dequantize", "nf4_quantize")
+SOME = "simt and (edge or few_tokens or 16_bit or dense or blocksize or sizes or unaligned)"
+LORA = f"tests/test_training_step.py ; tests/test_lora_linear.py -k '{SOME}'"
+BATCHED = "tests/test_training_step.py -k adapters ; tests/test_lora_linear_batched.py -k simt"
+OF_DROPOUT, OF_DEQUANTIZE, OF_QUANTIZE = (
+    f"tests/test_{n}.py -k simt" for n in ("lora_dropout", "nf4_dequantize", "nf4_quantize")
 )
 STEPS = "tests/optim/test_steps.py -k simt"
 

@@ -369,6 +369,18 @@ def test_from_linear_leaves_the_given_layer_as_it_was(base, training):
     assert not layer.weight.requires_grad and not layer.bias.requires_grad
 
 
+def test_a_weight_may_be_quantised_on_another_device():
+    """On "meta", which computes nothing, so that nothing can come back."""
+    linear = nn.Linear(K, N)
+    for quantize_on_meta in (
+        lambda: FusedLoRALinear.from_linear(linear, r=R, quantize="nf4", quantize_device="meta"),
+        lambda: lk.inject(nn.Sequential(linear), r=R, quantize="nf4", quantize_device="meta"),
+    ):
+        with pytest.raises(NotImplementedError, match="meta"):
+            quantize_on_meta()
+    assert FusedLoRALinear.from_linear(linear, r=R, quantize_device="meta").weight.device.type == "cpu"
+
+
 def test_from_linear_shares_a_dense_weight_and_not_a_quantised_one():
     linear = nn.Linear(K, N)
     shared = FusedLoRALinear.from_linear(linear, r=R)

@@ -131,7 +131,9 @@ def test_several_blocks_of_tokens(dtype, kernels):
 def test_every_blocksize(blocksize, double_quant, kernels):
     """Blocks that a cache line holds several of, one of, and a part of; rows of whole blocks and not."""
     for tokens, k in ((1, 4096), (3, 8192), (20, 4096), (2, 4096 + 128), (20, 4096 + 128)):
-        case = Case(tokens, 72, k, 4, torch.float32)
+        case = Case(
+            tokens, 72, k, 16, torch.float32
+        )  # of one token, h is r numbers: their norm must say something
         case.weight = lk.nf4_quantize(case.dense(torch.float32), blocksize, double_quant)
         for out, _, truth in case.results():
             assert relative_error(out, truth) <= LIMIT[torch.float32]

@@ -4,6 +4,7 @@ Reads the machine code of the built library, so no GPU is needed. Skipped only w
 without nvcc.
 """
 
+import concurrent.futures
 import functools
 import importlib.util
 import itertools
@@ -65,7 +66,9 @@ def kernels() -> list[Kernel]:
     """Every kernel of the library, for every architecture."""
     found: list[Kernel] = []
     arch = ""
-    for line in cuobjdump("-sass").splitlines():
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:  # most of this test's time is cuobjdump's
+        texts = pool.map(lambda arch: cuobjdump("-arch", f"sm_{arch}", "-sass"), ARCHS)
+    for line in itertools.chain.from_iterable(text.splitlines() for text in texts):
         if match := re.match(r"\s*code for sm_(\w+)", line):
             arch = match[1]
         elif match := re.match(r"\s*Function : (\S+)", line):
@@ -294,6 +297,73 @@ def test_the_training_kernels_multiply_on_tensor_cores_and_copy_16_bytes_at_a_ti
         assert copies and all("BYPASS.128" in opcode for opcode in copies), f"{kernel}: {copies}"
         reads = {i.opcode for i in kernel.code if i.kind in ("LDSM", "LDS")}
         assert any(".M88.4" in opcode or opcode == "LDS.128" for opcode in reads), f"{kernel}: {reads}"
+
+
+def unit_loop(kernel: Kernel, tokens: int) -> list[Instruction]:
+    """lora_linear_mixed's loop over 64 of K: the smallest one that multiplies for all tokens."""
+    found = [
+        [i for i in body if i.kind != "NOP"]
+        for body in loops(kernel.code)
+        if sum(i.kind == "HMMA" for i in body) >= tokens // 8 * 8
+    ]
+    assert found, f"{kernel}: no loop with {tokens // 8 * 8} HMMA"
+    return min(found, key=len)
+
+
+# Instructions for each weight of NF4 in lora_linear_mixed's loop over K, of which a warp's lanes have 64 each
+# (32 rows x 64): decoding (a pair: a shift, a mask or LOP3, an LDS), the products of 16, 32 or 64 tokens and
+# of A, scales. Counted, and a little room: a compiler that spills or unrolls otherwise is seen.
+MIXED_PER_WEIGHT = {16: 4.7, 32: 5.4, 64: 6.9}
+
+
+@pytest.mark.parametrize("tokens", MIXED_PER_WEIGHT)
+def test_instructions_per_weight_of_lora_linear_mixed(tokens):
+    found = named("17lora_linear_mixedI", f"Lb1ELi{tokens}E")
+    assert len(found) == 2 * len(ARCHS)
+    for kernel in found:
+        body = unit_loop(kernel, tokens)
+        counts = {kind: sum(i.kind == kind for i in body) for kind in ("HMMA", "LDS", "LDG", "FFMA")}
+        # Two fragments of 16 rows: 4 HMMA each for 8 tokens, and A's for this warp's quarter of the tokens.
+        of_A = 4 * max(1, tokens // 32)
+        assert counts["HMMA"] == tokens // 8 * 8 + of_A, f"{kernel}: {counts}"
+        assert counts["FFMA"] == tokens, f"{kernel}: {counts}"  # a scale for each sum
+        # 32 pairs, 4 of codes, two for each 8 tokens of x, as many for A's.
+        assert counts["LDS"] <= 32 + 4 + tokens // 4 + of_A // 2, f"{kernel}: {counts}"
+        assert counts["LDG"] == 4, f"{kernel}: {counts}"  # A, 16 bytes at a time
+        per_weight = len(body) / 64
+        assert per_weight <= MIXED_PER_WEIGHT[tokens], f"{kernel}: {per_weight:.2f} instructions per weight"
+
+
+def test_lora_dropout_moves_16_bytes_at_a_time_and_draws_once():
+    """Ten rounds of two 32 x 32-bit products for each four elements, of 16 bits twice; tails one by one."""
+    found = named("dropout_aligned")
+    assert len(found) == 2 * len(ARCHS)
+    for kernel in found:
+        wide = {
+            kind: sum(i.kind == kind and ".128" in i.opcode for i in kernel.code) for kind in ("LDG", "STG")
+        }
+        assert wide == {"LDG": 1, "STG": 1}, f"{kernel}: {wide}"
+        counters = 1 if "dropout_alignedIj" in kernel.name else 2  # of 32-bit elements, or of 16-bit ones
+        products = sum("IMAD.WIDE.U32" in i.opcode for i in kernel.code)
+        # And an address or two.
+        assert 20 * counters <= products <= 20 * counters + 6, f"{kernel}: {products} wide products"
+        assert not any(i.kind == "CALL" for i in kernel.code), str(kernel)
+
+
+def test_the_reduction_has_eight_loads_under_way():
+    """Of P's partial sums and of Q's: an unrolled loop, and what is left one by one."""
+    found = named("27lora_linear_backward_reduceI")
+    assert len(found) == 2 * len(ARCHS)
+    for kernel in found:
+        unrolled = [
+            body
+            for body in loops(kernel.code)
+            if sum(i.opcode.startswith("LDG") and ".64" not in i.opcode for i in body) >= 8
+        ]
+        assert len(unrolled) >= 2, f"{kernel}: {len(unrolled)} loops with eight loads"
+        for body in unrolled:
+            kinds = [i.kind for i in body]
+            assert kinds.count("FADD") >= 8 and not {"CALL", "MUFU", "I2F", "F2I"} & set(kinds), str(kernel)
 
 
 def test_the_sweeps_read_their_tile_both_ways_round_by_ldmatrix():

@@ -156,6 +156,7 @@ def inject(
     double_quant: bool = True,
     adapter_dtype: torch.dtype | None = None,
     adapter_name: str = "default",
+    quantize_device: torch.device | str | None = None,
 ) -> list[str]:
     """Puts an adapter on the model's linear layers, in place, and freezes everything else.
 
@@ -165,6 +166,8 @@ def inject(
             expression for whole paths, or "all-linear": every nn.Linear but the output head and the
             out_proj of nn.MultiheadAttention, which computes with its weight directly.
         quantize: "nf4" also quantises the weights of the layers it replaces; None leaves them as they are.
+        quantize_device: where, one layer after the other, if not where the weights are; the model stays where
+            it is.
 
     The other arguments are those of FusedLoRALinear. A layer that is a FusedLoRALinear already gets the
     adapter in addition, and it becomes the active one. A module that the model uses in two places stays one
@@ -211,6 +214,7 @@ def inject(
             double_quant=double_quant,
             adapter_dtype=adapter_dtype,
             adapter_name=adapter_name,
+            quantize_device=quantize_device,
             **spec,
         )
     for name in targets:

@@ -145,8 +145,8 @@ def quantize_argument(settings: Settings) -> str | None:
     return None if settings.quantize == "none" else settings.quantize
 
 
-def add_adapters(model: nn.Module, settings: Settings) -> list[str]:
-    """Inject the adapters; the names of the layers that got one.
+def add_adapters(model: nn.Module, settings: Settings, device: torch.device) -> list[str]:
+    """Inject the adapters, the base quantised on `device`; the names of the layers that got one.
 
     Raises:
         UsageError: no layer matches --target-modules, or a layer cannot be adapted.
@@ -160,6 +160,7 @@ def add_adapters(model: nn.Module, settings: Settings) -> list[str]:
             lora_dropout=settings.lora_dropout,
             use_rslora=settings.use_rslora,
             quantize=quantize_argument(settings),
+            quantize_device=device,
             adapter_dtype=torch.float32,
         )
     except (ValueError, TypeError) as error:

@@ -103,9 +103,9 @@ class _Run:
             buffers = sum(b.nbytes for b in model.buffers())
             itemsize = model.dtype.itemsize
             torch.manual_seed(s.seed)
-            layers = models.add_adapters(model, s)
-            # Not before: the adapters start from the same numbers on every device, and a GPU never holds the
-            # dense weights.
+            layers = models.add_adapters(model, s, self.device)
+            # Not before: the adapters start from the same numbers on every device, and a GPU holds one dense
+            # weight at a time.
             model.to(self.device)
         if s.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -17,8 +17,9 @@ import torch
 from place import STAND_IN, take  # first: it puts tests/ on the path
 
 # isort: split
+from dora_case import Case as DoraCase
 from optim_cases import OPS, ROUNDINGS, Problem
-from problems import NAMES, BatchedCase, Case
+from problems import NAMES, BatchedCase, Case, moved
 
 import lora_kernels as lk
 from lora_kernels import reference
@@ -128,6 +129,13 @@ def batched(device: torch.device, shape: tuple, dtype: torch.dtype) -> int:
     return failures
 
 
+def dora(device: torch.device, dtype: torch.dtype) -> int:
+    case = DoraCase(33, 70, 192, 5, dtype, p=0.1)
+    names = ("y", "dx", "dA", "dB", "dmagnitude", "dbias")
+    outs, truths = moved(case, device).computed(), case.expected(torch.float64)
+    return sum(wrong(f"dora {dtype} {n}", o, t, 2e-2) for n, o, t in zip(names, outs, truths, strict=True))
+
+
 def dropout(device: torch.device, dtype: torch.dtype) -> int:
     """Pieces of 16 bytes, and elements one by one."""
     failures, rng = 0, torch.tensor([5, 1 << 33])
@@ -181,6 +189,7 @@ def main() -> int:
         for dtype in DTYPES:
             failures += sum(step(device, problem, dtype) for problem in STEPS)
             failures += sum(batched(device, shape, dtype) for shape in BATCHED)
+            failures += dora(device, dtype)
             failures += dropout(device, dtype)
         for op in OPS:
             failures += optimizer(device, op, torch.float32, "nearest")
@@ -190,7 +199,7 @@ def main() -> int:
     print(
         f"sanitize: {failures} wrong results in {time.perf_counter() - began:.0f} s; lora_linear_decode by "
         f"{' and '.join(routes)}, {len(STEPS)} training steps and {len(BATCHED)} batched ones of each dtype, "
-        f"lora_dropout, {', '.join(OPS)}"
+        f"dora_linear, lora_dropout, {', '.join(OPS)}"
     )
     return int(failures > 0)
 

@@ -29,6 +29,17 @@ def test_a_journey_to_the_device_and_back_changes_no_byte(quantize, dtype, devic
             assert other.dtype == tensor.dtype and torch.equal(other, tensor), name
 
 
+def test_quantising_on_the_device_gives_the_cpus_bytes_where_the_weight_is(device):
+    linear = torch.nn.Linear(333, 96)
+    here, there = (
+        lk.FusedLoRALinear.from_linear(linear, r=4, quantize="nf4", quantize_device=where)
+        for where in (None, device)
+    )
+    for name in ("weight", "absmax", "nested_absmax", "offset"):
+        tensor, other = getattr(here, name), getattr(there, name)
+        assert other.device.type == "cpu" and torch.equal(other, tensor), name
+
+
 def test_a_checkpoint_of_the_device_loads_on_the_cpu(device):
     there = lk.FusedLoRALinear(128, 96, r=4, quantize="nf4").to(device)
     here = lk.FusedLoRALinear(128, 96, r=4, quantize="nf4")
