@@ -13,7 +13,7 @@ NF4, DEQUANTIZE, QUANTIZE = (f"{_CUDA}{n}" for n in ("nf4.cuh", "nf4_dequantize.
 STEP, GLUE = f"{_CUDA}optim_step.cu", "lora_kernels/backends/cuda.py"
 
 SOME = "simt and (edge or few_tokens or 16_bit or dense or blocksize or sizes or unaligned)"
-LORA = f"tests/test_training_step.py ; tests/test_lora_linear.py -k '{SOME}'"
+LORA = f"tests/test_training_step.py -k test ; tests/test_lora_linear.py -k '{SOME}'"
 BATCHED = "tests/test_training_step.py -k adapters ; tests/test_lora_linear_batched.py -k simt"
 OF_DROPOUT, OF_DEQUANTIZE, OF_QUANTIZE = (
     f"tests/test_{n}.py -k simt" for n in ("lora_dropout", "nf4_dequantize", "nf4_quantize")
@@ -412,7 +412,32 @@ _OF_GLUE = [
     ),
 ]
 
+BEYOND = "tests/test_beyond_2_31.py -k cuda"
+_OF_OFFSETS = [
+    (
+        "mixed: 32-bit offsets of x",
+        MIXED,
+        "const int64_t at = there ? (token0 + token) * p.x_stride + col : 0;",
+        "const int at = static_cast<int>(there ? (token0 + token) * p.x_stride + col : 0);",
+        BEYOND,
+    ),
+    (
+        "32-bit offsets of tiles",
+        LOW_RANK,
+        "const int64_t from = is_there ? rows[begin + row] * z.stride + first : 0;",
+        "const int from = static_cast<int>(is_there ? rows[begin + row] * z.stride + first : 0);",
+        BEYOND,
+    ),
+    (
+        "dequantize: 32-bit indices",
+        DEQUANTIZE,
+        "p.weight.packed[flat / 2]",
+        "p.weight.packed[static_cast<int>(flat) / 2]",
+        BEYOND,
+    ),
+]
+
 CUDA_MUTATIONS = [
-    *(*_OF_DECODE, *_OF_MIXED, *_OF_DX, *_OF_SWEEP, *_OF_LOW_RANK),
+    *(*_OF_OFFSETS, *_OF_DECODE, *_OF_MIXED, *_OF_DX, *_OF_SWEEP, *_OF_LOW_RANK),
     *(*_OF_DROPOUT, *_OF_NF4, *_OF_STEP, *_OF_GLUE),
 ]
