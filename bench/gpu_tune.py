@@ -6,8 +6,8 @@ For T = 1 to 4096 the same call by each kernel that can serve it, interleaved: t
 lora_linear_decode (up to 8 tokens), lora_linear_mixed and panels, dx by lora_linear_backward_dx and panels.
 From these the crossovers that lose the least time over all measured T and shapes, ready for CROSSOVERS of
 lora_kernels/backends/cuda.py. For the panels themselves, sizes of the workspace (PANEL_BYTES of the same
-file) and the ways in which the LoRA term comes to y (LOW_RANK_WAY). Writes tune.json and tune.md after every
-shape; changes nothing else.
+file), the ways in which the LoRA term comes to y (LOW_RANK_WAY), and up to which rank g comes out of the
+sweep over dy (GRADIENT_OF_H). Writes tune.json and tune.md after every shape; changes nothing else.
 """
 
 import argparse
@@ -31,8 +31,12 @@ from bench.gpu_groups import Interleaved, failures, normal, ratio, rows_of  # no
 from bench.gpu_training_report import NOT_MEASURED, heading  # noqa: E402
 from bench.shapes import RANK, SCALING, weight_bytes  # noqa: E402
 from lora_kernels.backends import cuda  # noqa: E402
-from lora_kernels.backends.cuda_launchers import MOST_DECODE_TOKENS, CudaLaunchers  # noqa: E402
-from lora_kernels.panels import FIRST, JOINED, LAST  # noqa: E402
+from lora_kernels.backends.cuda_launchers import (  # noqa: E402
+    MOST_DECODE_TOKENS,
+    CudaLaunchers,
+    rank_rows,
+)
+from lora_kernels.panels import FIRST, JOINED, LAST, gradient_of_h  # noqa: E402
 
 PANELS, DECODE, MIXED, DX = "panels", "lora_linear_decode", "lora_linear_mixed", "lora_linear_backward_dx"
 OPS = {"lora_linear": MIXED, "lora_linear_backward": DX}
@@ -43,6 +47,8 @@ SHAPES_TUNED = 3
 PANEL_TOKENS, PANEL_MIB = (1024, 4096), (8, 16, 32, 64, 128)
 WAY = "LoRA term"
 WAYS = (FIRST, LAST, JOINED)
+G, SWEPT, APART = "g and dB", "one sweep", "GEMM and sweep"
+G_RANKS = (16, 32, 64, 128, 256)
 
 
 def backend_with(
@@ -135,6 +141,31 @@ class Tune(Interleaved):
 
         return Job(calls, check, problem.LIMIT[DTYPE], moved, bytes=moved)
 
+    def gradients(self, base: problem.Base, t: int, rank: int, swept: bool) -> Job:
+        """g and dB of this rank, in one sweep over dy or g by torch's GEMM."""
+        n = base.n
+        moved = DTYPE.itemsize * t * n
+        count = self.sets(moved)
+        dys, h = [normal(self.device, t, n) for _ in range(count)], normal(self.device, t, rank)
+        B = normal(self.device, n, rank)
+
+        def call(dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            g, dB = rank_rows(dy, rank), dy.new_empty(n, rank)
+            if not swept:
+                gradient_of_h(g, dy, B, SCALING)
+            self.launchers.lora_linear_backward_dy(dy, h, [B], [SCALING], g if swept else None, [dB], None)
+            return g, dB
+
+        calls = [partial(call, dy) for dy in dys]
+
+        def check() -> float:
+            g, dB = calls[-1]()
+            dy = dys[-1].double()
+            truths = SCALING * (dy @ B.double()), SCALING * (dy.T @ h.double())
+            return max(problem.relative_error(*pair) for pair in zip((g, dB), truths, strict=True))
+
+        return Job(calls, check, problem.LIMIT[DTYPE], moved, bytes=moved)
+
     def kernels(self, op: str, t: int, base: problem.Base) -> dict[str, Callable[[], Job]]:
         """Each kernel that can serve T tokens: the fused ones where they take the weight, and panels."""
         make = self.forward if op == "lora_linear" else self.dx
@@ -163,6 +194,12 @@ class Tune(Interleaved):
                     }
                     if self.time_left():
                         self.group(kind, shape, t, jobs)
+                for rank in G_RANKS:
+                    jobs = {
+                        what: partial(self.gradients, base, t, rank, what == SWEPT) for what in (SWEPT, APART)
+                    }
+                    if self.time_left():
+                        self.group(f"{G}, r = {rank}", shape, t, jobs)
                 ways = {w: backend_with(self.launchers, none, low_rank_way=w) for w in WAYS}
                 if self.time_left():
                     self.group(WAY, shape, t, {w: partial(self.forward, base, t, b) for w, b in ways.items()})
@@ -194,7 +231,30 @@ class Tune(Interleaved):
             if best is None
             else f"PANEL_BYTES = {best[0]} << 20: {best[1]:.3f} of the time of {cuda.PANEL_BYTES >> 20} MiB"
         )
-        return [*lines, *self.ways()]
+        return [*lines, *self.few_tokens(), *self.ranks_of_g(), *self.ways()]
+
+    def few_tokens(self) -> list[str]:
+        """For the first row of CROSSOVERS: lora_linear_decode's time over lora_linear_mixed's, by T."""
+        logs: dict[int, list[float]] = {}
+        for (_, _, t, _), rows in rows_of(self.record, "lora_linear").items():
+            found = ratio(rows.get(DECODE), rows.get(MIXED))
+            if found is not None:
+                logs.setdefault(t, []).append(math.log(found[0]))
+        parts = [f"{math.exp(sum(some) / len(some)):.2f} at T = {t}" for t, some in sorted(logs.items())]
+        return [f"{DECODE}, of {MIXED}'s time: {', '.join(parts) or NOT_MEASURED}"]
+
+    def ranks_of_g(self) -> list[str]:
+        """For GRADIENT_OF_H: the time of one sweep over that of a GEMM and a sweep, by rank."""
+        parts = []
+        for rank in G_RANKS:
+            found = [
+                ratio(rows.get(SWEPT), rows.get(APART))
+                for rows in rows_of(self.record, f"{G}, r = {rank}").values()
+            ]
+            logs = [math.log(r[0]) for r in found if r is not None]
+            if logs:
+                parts.append(f"{math.exp(sum(logs) / len(logs)):.2f} at r = {rank}")
+        return [f"GRADIENT_OF_H, {SWEPT} over {APART}: {', '.join(parts) or NOT_MEASURED}"]
 
     def ways(self) -> list[str]:
         """For LOW_RANK_WAY: the time of each way over FIRST's, by N/K and T."""
@@ -224,7 +284,7 @@ class Tune(Interleaved):
     def markdown(self) -> str:
         lines = [*heading(self.record, "Tuning of the CUDA backend"), "", "## Proposed", ""]
         lines += ["```", *self.proposals(), "```"]
-        for kind in (*OPS, "panels forward", "panels dx", WAY):
+        for kind in (*OPS, "panels forward", "panels dx", WAY, *(f"{G}, r = {rank}" for rank in G_RANKS)):
             groups = rows_of(self.record, kind)
             whats = list(dict.fromkeys(what for rows in groups.values() for what in rows))
             body = []

@@ -69,6 +69,8 @@ def test_the_tuning_times_each_kernel_that_can_serve_a_call(arguments, tmp_path)
     assert {what for kind, n, _, what in whats if (kind, n) == ("lora_linear", 70)} == {"panels"}  # K = 91
     assert 'Crossover("lora_linear", "lora_linear_mixed", ' in text and "PANEL_BYTES = " in text
     assert {w for kind, n, _, w in whats if (kind, n) == ("LoRA term", 96)} == {"first", "last", "joined"}
+    assert re.search(r"lora_linear_decode, of lora_linear_mixed's time: \d+\.\d+ at T = 8", text)
+    assert re.search(r"GRADIENT_OF_H, one sweep over GEMM and sweep: \d+\.\d+ at r = 16, .* at r = 256", text)
     assert re.search(r"LoRA term, N/K = .*: last \d\.\d+, joined \d\.\d+ of first's", text)
 
 
