@@ -6,10 +6,10 @@ Every case has one set of fp32 parameters and gradients, which all contenders up
 ratio is of one round. The cases: 1 M, 100 M and 500 M elements of state (two for each parameter's element) in
 matrices of 1024 x 1024 or less, and 1,000 adapters of rank 16 on 4096 x 4096 layers, which are 2,000 tensors.
 
-"paged" has a quarter of its state resident, the rest in a file, or for a GPU in pinned host memory. Beside it
-stands what the bytes that it moved cost by plain reads and writes of whole pages, one after the other, in the
-same round: past the page cache, in a file in the same folder; over the bus, from and to pinned memory. And
-the time that the step has waited for pages.
+"paged" has a quarter of its state resident, the rest in a file, or for a GPU in pinned host memory; pages of
+2 MiB, or smaller ones where that would be few. Beside it stands what the bytes that it moved cost by plain
+reads and writes of whole pages, one after the other, in the same round: past the page cache, in a file in the
+same folder; over the bus, from and to pinned memory. And the time that the step has waited for pages.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from bench.timing import synchronize
 LR = 1e-4
 RESIDENT = 0.25
 PAGE_BYTES = 2 << 20
+LEAST_PAGES = 32  # of a case's state: smaller pages where it has fewer
 PROBE_BYTES = 256 << 20
 STATE_BYTES = 8  # of a parameter's element, in 32 bits
 LEAST_RATIO, LEAST_RATIO_OF_ADAPTERS = 1.0, 2.0  # torch fused / ours, all resident
@@ -53,10 +54,10 @@ def case_shapes(small: bool) -> dict[str, list[tuple[int, ...]]]:
 class Disk:
     """What a byte costs, read and written in whole pages past the page cache."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, page_bytes: int) -> None:
         self.file = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_DIRECT, 0o600)
-        self.page = mmap.mmap(-1, PAGE_BYTES)  # O_DIRECT wants aligned memory
-        self.page.write(os.urandom(PAGE_BYTES))
+        self.page = mmap.mmap(-1, page_bytes)  # O_DIRECT wants aligned memory
+        self.page.write(os.urandom(page_bytes))
         os.posix_fallocate(self.file, 0, PROBE_BYTES)
         self.measure()
 
@@ -65,8 +66,8 @@ class Disk:
         costs = []
         for transfer in (os.preadv, os.pwritev):
             start = time.perf_counter()
-            for begin in range(0, PROBE_BYTES, PAGE_BYTES):
-                if transfer(self.file, [self.page], begin) != PAGE_BYTES:
+            for begin in range(0, PROBE_BYTES, len(self.page)):
+                if transfer(self.file, [self.page], begin) != len(self.page):
                     raise OSError("a transfer was cut short")
             costs.append((time.perf_counter() - start) / PROBE_BYTES)
         return costs[0], costs[1]
@@ -75,10 +76,10 @@ class Disk:
 class Bus:
     """What a byte costs between pinned host memory and a GPU, in whole pages."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, page_bytes: int) -> None:
         self.device = device
-        self.host = torch.empty(PROBE_BYTES, dtype=torch.uint8, pin_memory=True).split(PAGE_BYTES)
-        self.page = torch.empty(PAGE_BYTES, dtype=torch.uint8, device=device)
+        self.host = torch.empty(PROBE_BYTES, dtype=torch.uint8, pin_memory=True).split(page_bytes)
+        self.page = torch.empty(page_bytes, dtype=torch.uint8, device=device)
         self.measure()
 
     def measure(self) -> tuple[float, float]:
@@ -92,19 +93,24 @@ class Bus:
         return tuple(timed(lambda way=way: copies(way), self.device) / PROBE_BYTES for way in (True, False))
 
 
-def contenders(ps: list[nn.Parameter], folder: str, paged: bool) -> dict[str, torch.optim.Optimizer]:
+def page_bytes_of(elements: int) -> int:
+    """2 MiB, or less where that many elements' 32-bit state would be fewer than LEAST_PAGES."""
+    most = elements * STATE_BYTES // LEAST_PAGES
+    return max(64 << 10, min(PAGE_BYTES, 1 << max(most.bit_length() - 1, 0)))
+
+
+def contenders(ps: list[nn.Parameter], folder: str) -> dict[str, torch.optim.Optimizer]:
     elements = sum(p.numel() for p in ps)
+    options = {"page_bytes": page_bytes_of(elements), "directory": folder}
+    budget = int(RESIDENT * elements * STATE_BYTES)
     found: dict[str, torch.optim.Optimizer] = {
         "torch fused": torch.optim.AdamW(ps, lr=LR, fused=True),
         "torch foreach": torch.optim.AdamW(ps, lr=LR, foreach=True),
         "ours": lk.optim.PagedAdamW(ps, lr=LR),
         "ours 8-bit": lk.optim.PagedAdamW8bit(ps, lr=LR),
+        "ours paged": lk.optim.PagedAdamW(ps, lr=LR, resident_bytes=budget, **options),
+        "ours 8-bit paged": lk.optim.PagedAdamW8bit(ps, lr=LR, resident_bytes=budget // 4, **options),
     }
-    if paged:
-        options = {"page_bytes": PAGE_BYTES, "directory": folder}
-        budget = int(RESIDENT * elements * STATE_BYTES)
-        found["ours paged"] = lk.optim.PagedAdamW(ps, lr=LR, resident_bytes=budget, **options)
-        found["ours 8-bit paged"] = lk.optim.PagedAdamW8bit(ps, lr=LR, resident_bytes=budget // 4, **options)
     if machine.version("bitsandbytes"):
         import bitsandbytes as bnb
 
@@ -120,16 +126,15 @@ def timed(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def measure(
-    name: str, shapes: list[tuple[int, ...]], rounds: int, folder: str, paged: bool, device: torch.device
-) -> dict:
+def measure(name: str, shapes: list[tuple[int, ...]], rounds: int, folder: str, device: torch.device) -> dict:
     """Median times, ratios within a round, and for the paged ones what their bytes cost."""
     generator = torch.Generator(device).manual_seed(0)
     ps = [nn.Parameter(torch.randn(shape, generator=generator, device=device)) for shape in shapes]
     for p in ps:
         p.grad = torch.randn(p.shape, generator=generator, device=device).mul_(1e-3)
-    optimizers = contenders(ps, folder, paged)
-    disk = (Disk(folder) if device.type == "cpu" else Bus(device)) if paged else None
+    optimizers = contenders(ps, folder)
+    page_bytes = page_bytes_of(sum(p.numel() for p in ps))
+    disk = Disk(folder, page_bytes) if device.type == "cpu" else Bus(device, page_bytes)
     for optimizer in optimizers.values():
         optimizer.step()  # makes the state
         optimizer.step()
@@ -137,7 +142,7 @@ def measure(
     of_disk: dict[str, list[float]] = {label: [] for label in optimizers if label.endswith("paged")}
     moved: dict[str, dict[str, float]] = {}
     for _ in range(rounds):
-        cost = disk.measure() if disk else (0.0, 0.0)
+        cost = disk.measure()
         for label, optimizer in optimizers.items():
             before = optimizer.stats() if label in of_disk else {}
             samples[label].append(timed(optimizer.step, device))
@@ -239,9 +244,8 @@ def main(argv: list[str]) -> int:
         if arguments.case and arguments.case not in name:
             continue
         print(name, file=sys.stderr, flush=True)
-        paged = sum(torch.Size(s).numel() for s in shapes) * STATE_BYTES > 8 * PAGE_BYTES
         rounds = max(3, arguments.rounds // (3 if name.startswith("500 M") else 1))
-        cases.append(measure(name, shapes, rounds, arguments.directory, paged, device))
+        cases.append(measure(name, shapes, rounds, arguments.directory, device))
     gpu = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
     result = {
         "machine": {**machine.describe_cpu(), **gpu},

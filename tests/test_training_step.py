@@ -30,6 +30,8 @@ def layer_of(step: Step) -> lk.FusedLoRALinear:
     """320 -> 192 with a bias that learns and a B that is not zero."""
     torch.manual_seed(1)
     linear = torch.nn.Linear(320, 192, dtype=step.dtype)
+    with torch.no_grad():  # every block of 64 of a size of its own: a wrong scale shows
+        linear.weight.mul_(2.0 ** torch.randint(-2, 3, (192, 5)).repeat_interleave(64, dim=1))
     layer = lk.FusedLoRALinear.from_linear(
         linear, r=step.r, lora_alpha=2 * step.r, lora_dropout=step.dropout, quantize=step.quantize
     )
@@ -177,7 +179,8 @@ def test_split_sums_have_one_order_and_nothing_is_left_out(nf4, capability):
     whoever arrives last: on as many multiprocessors as an H100's, in several orders of blocks."""
     torch.manual_seed(0)
     n, k, r, scratch = 1024, 2048, 8, set()
-    weight = (torch.randn(n, k) * k**-0.5).bfloat16()
+    sizes = 2.0 ** torch.randint(-2, 3, (n, k // 64)).repeat_interleave(64, dim=1)  # of blocks
+    weight = (torch.randn(n, k) * sizes * k**-0.5).bfloat16()
     weight = lk.nf4_quantize(weight) if nf4 else weight
     x, dy = torch.randn(40, k).bfloat16(), torch.randn(40, n).bfloat16()
     A, B = (torch.randn(shape).bfloat16().requires_grad_() for shape in ((r, k), (n, r)))
