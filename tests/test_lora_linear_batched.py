@@ -16,15 +16,17 @@ SCALES = (0.5, 1.5, -1.0)
 
 
 class Case:
-    def __init__(self, t, n, k, dtype, kind="normal", p=0.0, nf4=True, adapter_dtype=None, index=None):
+    def __init__(
+        self, t, n, k, dtype, kind="normal", p=0.0, nf4=True, adapter_dtype=None, index=None, ranks=RANKS
+    ):
         self.x, self.dy = make_input(kind, t, k, dtype=dtype), torch.randn(t, n).to(dtype)
         std = max(k, 1) ** -0.5
         dense = (torch.randn(n, k) * std).to(dtype)
         self.weight = lk.nf4_quantize(dense) if nf4 else dense
         adapter_dtype = adapter_dtype or dtype
-        self.A = [(torch.randn(r, k) * std).to(adapter_dtype) for r in RANKS]
-        self.B = [(torch.randn(n, r) * 0.25 * r**-0.5).to(adapter_dtype) for r in RANKS]
-        self.index = torch.randint(-1, len(RANKS), (t,)) if index is None else index
+        self.A = [(torch.randn(r, k) * std).to(adapter_dtype) for r in ranks]
+        self.B = [(torch.randn(n, r) * 0.25 * r**-0.5).to(adapter_dtype) for r in ranks]
+        self.index = torch.randint(-1, len(ranks), (t,)) if index is None else index
         self.bias = torch.randn(n).to(dtype)
         self.p, self.rng = p, torch.randint(0, 2**63 - 1, (2,)) if p else None
 
@@ -78,6 +80,15 @@ def test_float32_adapters_on_a_16_bit_base(nf4, kernels):
     for out, truth in zip(case.computed(), case.expected(torch.float64), strict=True):
         assert relative_error(out, truth) <= 2 * LIMIT[torch.bfloat16]
     assert case.computed()[3].dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_a_large_rank_beside_small_ones(p, dtype, kernels):
+    """On a GPU g is then a product of its own, with every adapter's scaling, and h lies in several chunks."""
+    case = Case(70, 96, 128, dtype, p=p, ranks=(4, 100, 7))
+    for out, truth in zip(case.computed(), case.expected(torch.float64), strict=True):
+        assert relative_error(out, truth) <= 2 * LIMIT[dtype]
 
 
 def test_equals_lora_linear_where_all_rows_take_one_adapter(backend):
