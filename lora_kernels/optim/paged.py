@@ -200,8 +200,8 @@ class PagedOptimizer(torch.optim.Optimizer):
                     "gradients again and call step() to complete it"
                 )
             self._check_gradient(p, p.grad)
-            here = p in groups and self._all.pages.fits(p, self._all.local(p), groups[p])
-            if not here or self._all.is_resized(p):
+            home, local = self._all.pages.home(p), self._all.local(p)
+            if p not in groups or not home.fits(local, groups[p]) or local.numel() != home.elements:
                 raise RuntimeError(
                     "the last step was cut short, and a parameter of it, of shape "
                     f"{tuple(p.shape)}, has another size, dtype, device or group since: put it back and call "
@@ -232,44 +232,59 @@ class PagedOptimizer(torch.optim.Optimizer):
         """
         every = self._all
         every.steps.take_in()
-        grouped, apart, resized = set(), False, set()
+        # A parameter is looked up as rarely as can be: there may be thousands, and their hash is slow.
+        seen: set[Tensor] = set()
+        placed, apart, resized = 0, False, set()
+        differing: list[
+            tuple[int, int, Tensor]
+        ] = []  # the parameters of which `state` may say something else
         # Entries that are another parameter's are read before its pages change.
         given: dict[Tensor, Mapping[str, Any]] = {}
-        for index, p in _numbered(self.param_groups):
-            grouped.add(p)
-            entry = self.state.get(p)
+        for number, (index, p) in enumerate(_numbered(self.param_groups)):
+            if p in seen:
+                continue
+            seen.add(p)
+            entry, home = self.state.get(p), every.pages.home(p)
             if entry and entry is not self._own.get(p):
                 given[p] = dict(entry)
-            if p in every.pages:
-                apart |= not every.pages.fits(p, every.local(p), index)
-                if every.is_resized(p) and self._starts_anew(p, entry):
+            if home is not None:
+                local = every.local(p)
+                placed += 1
+                apart |= not home.fits(local, index)
+                if local.numel() != home.elements and self._starts_anew(p, entry, home.elements):
                     resized.add(p)
                     if entry:
                         given[p] = dict(entry)
+            if not entry or p in given or entry.open:
+                differing.append((number, index, p))
         if resized:
             self._move(resized)
-        for number, (index, p) in enumerate(_numbered(self.param_groups)):
+            placed -= len(resized)
+        if given:  # reading them may have opened any entry
+            differing = [(n, index, p) for n, (index, p) in enumerate(_numbered(self.param_groups))]
+        for number, index, p in differing:
             entry = self.state.get(p)
             if self._is_closed(p, entry):
                 continue
             if entry:
+                is_new = every.pages.home(p) is None
                 self._take_in(p, entry, given.get(p, entry), index, number)
+                placed += is_new and every.pages.home(p) is not None
             elif p in every.steps:  # its state was cleared
                 self._forget(p)
-        if apart or any(p not in grouped for p in every.pages):
+        if apart or placed != len(every.pages):
             self._move()
         if every.steps.compact():
             for p, entry in self._own.items():
                 entry.show_step(every.steps.tensor(p))
 
-    def _starts_anew(self, p: Tensor, entry: Any) -> bool:
+    def _starts_anew(self, p: Tensor, entry: Any, elements: int) -> bool:
         """Of a parameter of another size than its state: whether that was replaced or taken away."""
         if entry and entry is self._own.get(p) and not entry.changed():
             entry.close()  # it was only read
         if not self._is_closed(p, entry):
             return True
         if p.grad is not None:
-            elements = self._all.pages.shape_of(p).numel()
             raise ValueError(
                 f"a parameter has shape {tuple(p.shape)}, expected {elements} elements, which its state has: "
                 "to go on without that state, delete state[p]"

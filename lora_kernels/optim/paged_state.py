@@ -43,6 +43,21 @@ class Piece(NamedTuple):
     count: int
 
 
+class Home(NamedTuple):
+    """Where a parameter's state lies."""
+
+    arena: Arena
+    pieces: list[Piece]
+    shape: torch.Size  # of the parameter, or of this process's part of it, when the state was placed
+    elements: int
+    number: int  # of the parameter among the optimizer's, for the random stream
+
+    def fits(self, local: Tensor, group: int) -> bool:
+        """Whether a parameter of such a kind belongs here."""
+        arena = self.arena
+        return arena.dtype == local.dtype and arena.group == group and arena.device == local.device
+
+
 class Run(NamedTuple):
     """Pages that one call of the kernel updates."""
 
@@ -109,9 +124,7 @@ class PagedState:
         self._pagers: dict[torch.device, Pager] = {}
         self._arenas: dict[Arena, list[int]] = {}  # each arena's pages
         self._entries: dict[tuple[torch.device, int], list[tuple[Tensor, Piece]]] = {}
-        self._homes: dict[Tensor, tuple[Arena, list[Piece]]] = {}
-        self._shapes: dict[Tensor, torch.Size] = {}
-        self._numbers: dict[Tensor, int] = {}
+        self._homes: dict[Tensor, Home] = {}
         self._runs: list[Run] | None = None
         self._held: dict[tuple[torch.device, tuple[int, ...]], list[Tensor]] = {}
         self._unsettled = False  # an exception, a signal's for one, came between a pin and the note of it
@@ -126,21 +139,16 @@ class PagedState:
     def __contains__(self, parameter: Tensor) -> bool:
         return parameter in self._homes
 
-    def fits(self, parameter: Tensor, local: Tensor, group: int) -> bool:
-        """Whether a parameter's state lies where a parameter of such a kind belongs."""
-        arena = self._homes[parameter][0]
-        return (arena.device, arena.group, arena.dtype) == (local.device, group, local.dtype)
-
-    def shape_of(self, parameter: Tensor) -> torch.Size:
-        """That of the parameter, or of this process's part of it, when its state was placed."""
-        return self._shapes[parameter]
+    def home(self, parameter: Tensor) -> Home | None:
+        """None where it has no state."""
+        return self._homes.get(parameter)
 
     def place(self, parameter: Tensor, local: Tensor, op: str, group: int, number: int) -> None:
         """Makes room for the state of a parameter, zeros, in as few pages as there are.
 
         Args:
             local: the parameter, or this process's part of it.
-            number: of the parameter among the optimizer's, for the random stream.
+            number: of the parameter among the optimizer's.
         """
         self._release()  # the runs will be others
         arena = Arena(local.device, op, group, local.dtype)
@@ -164,8 +172,7 @@ class PagedState:
             if not pages or pages[-1] != piece.page:
                 pages.append(piece.page)
             self._entries.setdefault((local.device, piece.page), []).append((parameter, piece))
-        self._homes[parameter], self._shapes[parameter] = (arena, pieces), local.shape
-        self._numbers[parameter] = number
+        self._homes[parameter] = Home(arena, pieces, local.shape, local.numel(), number)
         self._runs = None
 
     def runs(self, backwards: bool) -> list[Run]:
@@ -220,7 +227,7 @@ class PagedState:
 
     def read(self, parameter: Tensor) -> dict[str, Tensor]:
         """Copies of the parts of a parameter's state, flat, by the names of optim_state_parts."""
-        arena, pieces = self._homes[parameter]
+        arena, pieces = self._homes[parameter][:2]
         copies: dict[str, list[Tensor]] = {}
         for piece in pieces:
             with self._piece(arena, piece, dirty=False) as memory:
@@ -234,7 +241,7 @@ class PagedState:
 
     def write(self, parameter: Tensor, values: Mapping[str, Tensor]) -> None:
         """Puts parts, as read() gives them, into the pages. What is not in `values` stays as it is."""
-        arena, pieces = self._homes[parameter]
+        arena, pieces = self._homes[parameter][:2]
         for piece in pieces:
             with self._piece(arena, piece, dirty=True) as memory:
                 for part in self._parts(arena, piece):
@@ -248,18 +255,18 @@ class PagedState:
 
     def clear(self, parameter: Tensor) -> None:
         """Makes a parameter's state zeros."""
-        arena, pieces = self._homes[parameter]
+        arena, pieces = self._homes[parameter][:2]
         for piece in pieces:
             with self._piece(arena, piece, dirty=True) as memory:
                 memory.zero_()
 
     def op_of(self, parameter: Tensor) -> str:
         """The kernel that updates a parameter."""
-        return self._homes[parameter][0].op
+        return self._homes[parameter].arena.op
 
     def names(self, parameter: Tensor) -> list[str]:
         """Those of read()'s parts."""
-        return [part.name for part in self._parts(self._homes[parameter][0], None)]
+        return [part.name for part in self._parts(self._homes[parameter].arena, None)]
 
     def evict(self) -> int:
         """Takes all state out of the devices' memory. Returns the bytes."""
@@ -280,7 +287,7 @@ class PagedState:
         for pager in self._pagers.values():
             pager.close()
         self._pagers, self._arenas, self._entries = {}, {}, {}
-        self._homes, self._shapes, self._numbers, self._runs = {}, {}, {}, None
+        self._homes, self._runs = {}, None
 
     def _release(self) -> None:
         """Unpins the pages of runs that were pinned once."""
@@ -327,7 +334,15 @@ class PagedState:
     def _run(self, arena: Arena, pages: tuple[int, ...]) -> Run:
         index: dict[Tensor, int] = {}
         rows = [
-            (i, piece.offset, index.setdefault(p, len(index)), piece.first, piece.count, 0, self._numbers[p])
+            (
+                i,
+                piece.offset,
+                index.setdefault(p, len(index)),
+                piece.first,
+                piece.count,
+                0,
+                self._homes[p].number,
+            )
             for i, page in enumerate(pages)
             for p, piece in self._entries[arena.device, page]
         ]

@@ -56,7 +56,8 @@ class ParameterStates:
 
     def is_resized(self, p: Tensor) -> bool:
         """Whether a parameter has another number of elements than its state."""
-        return self.local(p).numel() != self.pages.shape_of(p).numel()
+        home = self.pages.home(p)
+        return home is not None and self.local(p).numel() != home.elements
 
     def place(self, p: Tensor, group: int, number: int) -> None:
         """Makes room for a parameter's state, zeros. number: of the parameter among the optimizer's.
@@ -80,7 +81,7 @@ class ParameterStates:
     def read(self, p: Tensor) -> dict[str, Any]:
         """What a file says of a parameter."""
         self.check_whole("its state is read")
-        shape = self.pages.shape_of(p) if self.is_resized(p) else self.local(p).shape
+        shape = self.pages.home(p).shape if self.is_resized(p) else self.local(p).shape
         kinds = self.kinds
         return state_format.entry_of(p, self.pages.read(p), shape, kinds.states, kinds.bits, self.steps[p])
 
@@ -128,7 +129,7 @@ class ParameterStates:
                     if self.is_resized(p):
                         raise ValueError(
                             f"a parameter of shape {tuple(p.shape)} has another number of elements than its "
-                            f"state, {self.pages.shape_of(p).numel()}, which has to move: put it back, or "
+                            f"state, {self.pages.home(p).elements}, which has to move: put it back, or "
                             "delete state[p]"
                         )
                     self._place(moved, p, index, number)

@@ -268,6 +268,24 @@ def test_a_parameter_twice_in_a_group_does_not_move_all_state_every_step(monkeyp
     assert optimizer.state[p]["step"] == 3
 
 
+def test_what_stands_beside_no_state_does_not_move_all_state_every_step(monkeypatch):
+    (optimizer, ps), _ = pair()
+    late = torch.nn.Parameter(torch.ones(9))
+    optimizer.add_param_group({"params": [late]})
+    optimizer.state[late]["only"] = torch.ones(2)
+    monkeypatch.setattr(optimizer, "_move", lambda *_: pytest.fail("moved"))
+    optimizer.step()
+    optimizer.state[late] = {
+        "step": torch.tensor(3.0),
+        **dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.ones(9)),
+    }
+    for _ in range(2):
+        optimizer.step()
+    late.grad = torch.ones(9)
+    optimizer.step()
+    assert optimizer.state[late]["step"] == 4 and optimizer.state[ps[0]]["step"] == 6
+
+
 # ---- what cannot be ----
 
 
