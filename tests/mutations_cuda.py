@@ -12,7 +12,7 @@ DROPOUT, MASK = f"{_CUDA}lora_dropout.cu", f"{_CUDA}dropout.cuh"
 NF4, DEQUANTIZE, QUANTIZE = (f"{_CUDA}{n}" for n in ("nf4.cuh", "nf4_dequantize.cu", "nf4_quantize.cu"))
 STEP, GLUE = f"{_CUDA}optim_step.cu", "lora_kernels/backends/cuda.py"
 
-SOME = "simt and (edge or few_tokens or 16_bit or dense or blocksize or sizes or unaligned)"
+SOME = "simt and (large_ranks or edge or few_tokens or 16_bit or dense or blocksize or sizes or unaligned)"
 LORA = f"tests/test_training_step.py -k test ; tests/test_lora_linear.py -k '{SOME}'"
 BATCHED = "tests/test_training_step.py -k adapters ; tests/test_lora_linear_batched.py -k simt"
 OF_DROPOUT, OF_DEQUANTIZE, OF_QUANTIZE = (

@@ -120,6 +120,14 @@ def test_few_tokens(tokens, dtype, p, kernels):
         check(tokens, n, k, r, draws=-(-4096 // (tokens * min(n, k))), dtype=dtype, kind="gelu", p=p)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.2])
+@pytest.mark.parametrize("tokens", [3, 40])
+@pytest.mark.parametrize("r", [40, 100, 256])
+def test_large_ranks(r, tokens, p, kernels):
+    """Several chunks of ranks; of a GPU's kernels others than for small ones."""
+    check(tokens, 96, 128, r, dtype=torch.bfloat16, p=p)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_several_blocks_of_tokens(dtype, kernels):
     """More tokens than share one decoding of W0: masks, and sums of dA and dB, go on from block to block."""
