@@ -80,6 +80,8 @@ STEPS = {
     Step(40, 24, 0.2): {"lora_shrink": 1, "lora_linear_mixed": 1, **FEW},
     Step(40, 48, 0.2): {"lora_shrink": 1, "lora_linear_mixed": 1, **FEW},
     Step(40, 8, 0.2, quantize=None): {"lora_shrink": 1, "lora_linear_mixed": 1, **FEW},
+    Step(4, 8, 0.0, quantize=None): {"lora_linear_decode": 1, **FEW},
+    Step(40, 100, 0.2): {"lora_shrink": 1, "lora_linear_mixed": 1, **FEW},
     Step(40, 8, 0.2, adapter_dtype=torch.float32): {"lora_shrink": 1, "lora_linear_mixed": 1, **FEW},
     Step(40, 8, 0.2, dtype=torch.float16): {"lora_shrink": 1, "lora_linear_mixed": 1, **FEW},
     Step(MOST["lora_linear_mixed"] + 3, 8, 0.2): {
@@ -89,6 +91,12 @@ STEPS = {
         **GRADIENTS,
     },
     Step(MOST["lora_linear_mixed"] + 3, 8, 0.0): {"lora_shrink": 1, "nf4_dequantize": 2, **GRADIENTS},
+    Step(MOST["lora_linear_mixed"] + 3, 100, 0.2): {
+        "lora_shrink": 1,
+        "nf4_dequantize": 2,
+        "lora_expand_backward": 1,
+        **GRADIENTS,
+    },
 }
 
 
