@@ -147,15 +147,15 @@ def lora_linear(
     h: Tensor,  # [T, r]
 ) -> None:
     finish_shrink, rank, way = _nothing, 0, FIRST
+    s, k = scaling / (1 - dropout_p), x.shape[1]
     if lora_A is not None:
         b, rank = lora_B.to(x.dtype), lora_A.shape[0]
+        if kernels.low_rank_way is not None:
+            way = kernels.low_rank_way(x, base, rank)
         if kernels.start_shrink is None:
             shrink(kernels, x, lora_A, dropout_p, rng, h)
         else:
             finish_shrink = kernels.start_shrink(x, lora_A, dropout_p, rng, h)
-        if kernels.low_rank_way is not None:
-            way = kernels.low_rank_way(x, base, rank)
-    s, k = scaling / (1 - dropout_p), x.shape[1]
     try:
         more = joined_columns(k, rank) if way == JOINED else 0
         left, low = _with_columns(x, more) if more else zero_behind_rows(x), None

@@ -208,11 +208,11 @@ class PagedOptimizer(torch.optim.Optimizer):
                     "step() to complete it first"
                 )
             entry = self.state.get(p)
-            if p in self._all.steps:
+            if p in self._own:
                 intact = self._is_closed(p, entry)
             else:
                 intact = not entry or not state_format.KNOWN & entry.keys()
-            if not intact or p in written:
+            if not intact or written.get(p, pending[p]) != pending[p]:  # its own number was told already
                 raise RuntimeError(
                     "the last step was cut short, and state[p] of a parameter of it, of shape "
                     f"{tuple(p.shape)}, was changed since: close() forgets all state, or load a state_dict"
@@ -246,7 +246,7 @@ class PagedOptimizer(torch.optim.Optimizer):
             seen.add(p)
             entry, home = self.state.get(p), every.pages.home(p)
             if entry and entry is not self._own.get(p):
-                given[p] = dict(entry)
+                given[p] = _values(entry)
             if home is not None:
                 local = every.local(p)
                 placed += 1
@@ -254,7 +254,7 @@ class PagedOptimizer(torch.optim.Optimizer):
                 if local.numel() != home.elements and self._starts_anew(p, entry, home.elements):
                     resized.add(p)
                     if entry:
-                        given[p] = dict(entry)
+                        given[p] = _values(entry)
             if not entry or p in given or entry.open:
                 differing.append((number, index, p))
         if resized:
@@ -304,7 +304,7 @@ class PagedOptimizer(torch.optim.Optimizer):
             return
         self._all.write(p, flat, group, number)
         if own:
-            entry.close()
+            entry.rename(self._all.names(p))
         else:
             self._renew(p)
 
@@ -331,7 +331,7 @@ class PagedOptimizer(torch.optim.Optimizer):
             self._detach(p)
         for p, entry in self._own.items():
             names = self._all.names(p)
-            if names != entry.names:
+            if names != entry.names and not entry.open:  # else when it is taken in
                 entry.rename(names)
 
     def _renew(self, p: Tensor) -> None:
@@ -550,6 +550,14 @@ class PagedOptimizer(torch.optim.Optimizer):
 
 
 _SETTINGS = ("_settings", "_kinds", "_rounding", "_seed", "_tick")
+
+
+def _values(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What an entry says now, whatever becomes of the number that its step is a view of."""
+    values = dict(entry)
+    if isinstance(values.get("step"), Tensor):
+        values["step"] = values["step"].clone()
+    return values
 
 
 def _numbered(groups: list[dict[str, Any]]) -> Iterator[tuple[int, Tensor]]:

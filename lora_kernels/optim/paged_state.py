@@ -151,6 +151,7 @@ class PagedState:
             number: of the parameter among the optimizer's.
         """
         self._release()  # the runs will be others
+        self._runs = None
         arena = Arena(local.device, op, group, local.dtype)
         pager = self._pager(local.device)
         arena_number = list(self._arenas).index(arena) if arena in self._arenas else len(self._arenas)
@@ -164,26 +165,31 @@ class PagedState:
                     count = self._fitting(arena, left, self.page_bytes - optim_state.HEADER_BYTES)
                 pieces.append(Piece(*pager.allocate(arena_number, self._bytes(arena, count)), first, count))
                 first, left = first + count, left - count
-        except BaseException:  # no room for all of it: no trace of it
             for piece in pieces:
+                if not pages or pages[-1] != piece.page:
+                    pages.append(piece.page)
+                self._entries.setdefault((local.device, piece.page), []).append((parameter, piece))
+            self._homes[parameter] = Home(arena, pieces, local.shape, local.numel(), number)
+        except BaseException:  # no room for all of it, or a signal: no trace of it
+            self._homes.pop(parameter, None)
+            for piece in pieces:
+                here = self._entries.get((local.device, piece.page), [])
+                here[:] = [entry for entry in here if entry[0] is not parameter]
                 pager.free(piece.page, piece.offset)
+            while pages and not self._entries.get((local.device, pages[-1])):
+                pages.pop()
             raise
-        for piece in pieces:
-            if not pages or pages[-1] != piece.page:
-                pages.append(piece.page)
-            self._entries.setdefault((local.device, piece.page), []).append((parameter, piece))
-        self._homes[parameter] = Home(arena, pieces, local.shape, local.numel(), number)
-        self._runs = None
 
     def runs(self, backwards: bool) -> list[Run]:
         """All pages in the order of a pass. Every other pass goes back the way that the last one came, so
         that it begins with what is resident."""
         if self._runs is None:
-            self._runs = []
+            runs = []  # whole or not at all: what an exception left out would never be updated again
             for arena, pages in self._arenas.items():
                 length = self._run_length(arena.device)
                 for at in range(0, len(pages), length):
-                    self._runs.append(self._run(arena, tuple(pages[at : at + length])))
+                    runs.append(self._run(arena, tuple(pages[at : at + length])))
+            self._runs = runs
         return self._runs[::-1] if backwards else self._runs
 
     @contextmanager

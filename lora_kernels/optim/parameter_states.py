@@ -104,8 +104,9 @@ class ParameterStates:
 
     def forget(self, p: Tensor) -> None:
         """Makes a parameter one that has had no step."""
-        self.pages.clear(p)
-        self.steps.remove(p)
+        if p in self.pages:
+            self.pages.clear(p)
+        self.steps.remove([p])
 
     def move(self, groups: Sequence[Mapping[str, Any]], without: Collection[Tensor] = ()) -> None:
         """Brings state to where its parameters belong now; that of those `without`, and of those that are in
@@ -137,10 +138,10 @@ class ParameterStates:
         except BaseException:
             moved.close()
             raise
+        # In this order: a signal in between leaves state that nothing counts, and not the other way round.
+        self.steps.remove([p for p in self.steps if p not in moved])
         old, self.pages = self.pages, moved
         old.close()
-        for p in [p for p in self.steps if p not in moved]:
-            self.steps.remove(p)
 
     def close(self) -> None:
         """Gives back all memory and the file."""

@@ -27,7 +27,7 @@ class StateEntry(dict[str, Any]):
         self._names: tuple[str, ...] = ()
         self._read: Callable[[], dict[str, Any]] | None = None
         self._step: Tensor | None = None
-        self._copies: dict[str, tuple[Any, int | None]] = {}  # and their versions when they were made
+        self._copies: dict[str, tuple[Any, Any]] = {}  # and what marks them as they were made
 
     @classmethod
     def of(cls, names: Iterable[str], read: Callable[[], dict[str, Any]]) -> "StateEntry":
@@ -46,7 +46,7 @@ class StateEntry(dict[str, Any]):
         super().__setitem__("step", step)
 
     def rename(self, names: Iterable[str]) -> None:
-        """Of a closed entry: its values are others now, of the same parameter."""
+        """Closes it; its values are others now, of the same parameter."""
         names = tuple(names)
         for name in self._names:
             if name not in names:
@@ -61,17 +61,17 @@ class StateEntry(dict[str, Any]):
     def changed(self) -> bool:
         """Whether it is not as it was when it was opened, as far as identities and versions tell."""
         return self.open and not all(
-            super(StateEntry, self).get(name) is value and (version is None or value._version == version)
-            for name, (value, version) in {**self._copies, "step": (self._step, None)}.items()
+            super(StateEntry, self).get(name) is value and _mark(value) == mark
+            for name, (value, mark) in {**self._copies, "step": (self._step, _mark(self._step))}.items()
         )
 
     def close(self) -> None:
         """Lets go of the copies: the pages have what they say."""
+        self.open = False  # first: what a signal leaves here is then read anew
         for name in NAMES & super().keys() - set(self._names):  # put there under the names of another format
             super().__delitem__(name)
-        super().update(dict.fromkeys(self._names))
-        super().__setitem__("step", self._step)
-        self._copies, self.open = {}, False
+        super().update({**dict.fromkeys(self._names), "step": self._step})
+        self._copies = {}
 
     def detach(self) -> None:
         """From now on the pages have nothing of it: it can be read no more, unless it is open."""
@@ -92,8 +92,7 @@ class StateEntry(dict[str, Any]):
         for name in self._names:
             if name != "step":
                 super().__setitem__(name, values[name])
-                version = values[name]._version if isinstance(values[name], Tensor) else None
-                self._copies[name] = values[name], version
+                self._copies[name] = values[name], _mark(values[name])
         self.open = True
 
     def __getitem__(self, name: str) -> Any:
@@ -162,3 +161,10 @@ class StateEntry(dict[str, Any]):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(self)})"
+
+
+def _mark(value: Any) -> Any:
+    """What a change in place, or another storage behind the same tensor, does not leave as it was."""
+    if not isinstance(value, Tensor):
+        return None
+    return value._version, value.shape, value.data_ptr() if type(value) is Tensor else None

@@ -5,6 +5,7 @@ import copy
 import gc
 import io
 import pickle
+import sys
 
 import pytest
 import torch
@@ -209,6 +210,27 @@ def test_lazy_parameters_have_their_size_later():
     assert optimizer.state[net[0].weight]["exp_avg"].shape == (3, 4)
 
 
+def test_changes_of_one_count_where_another_one_of_another_dtype_changes_size():
+    ours = lk.optim.PagedAdamW(parameters(torch.bfloat16), lr=1e-2, rounding="kahan")
+    ps = train(ours, gradients(2, torch.bfloat16))
+    ps[1].data, ps[1].grad = ps[1].data.float(), None  # state moves, and its entry has other names
+    ours.state[ps[1]]["exp_avg"].fill_(5.0)
+    ps[0].data, ps[0].grad = ps[0].data[:5], None
+    del ours.state[ps[0]]
+    ours.step()
+    assert ours.state[ps[1]]["exp_avg"].eq(5.0).all() and "compensation" not in ours.state[ps[1]]
+
+
+def test_moments_that_are_cut_behind_their_tensors_count():
+    for optimizer, ps in pair():
+        mask = torch.arange(16) % 3 > 0
+        ps[0].data, ps[0].grad = ps[0].data[mask], None
+        for name in ("exp_avg", "exp_avg_sq"):
+            optimizer.state[ps[0]][name].data = optimizer.state[ps[0]][name].data[mask]
+        optimizer.step()
+        assert optimizer.state[ps[0]]["exp_avg"].shape == ps[0].shape and optimizer.state[ps[0]]["step"] == 2
+
+
 # ---- groups ----
 
 
@@ -230,6 +252,55 @@ def test_a_group_that_leaves_and_comes_back_goes_on_where_it_was():
     same_parameters(mine, yours)
     assert entry["step"] == expected["step"] == 2
     close(entry["exp_avg"], expected["exp_avg"])
+
+
+def test_entries_with_other_numbers_of_steps_may_change_places():
+    found = []
+    for optimizer, ps in pair():
+        state = optimizer.state
+        same = [torch.nn.Parameter(torch.ones(50)) for _ in range(3)]
+        optimizer.add_param_group({"params": same})
+        for p in ps:
+            p.grad = None
+        for steps, p in zip((4, 1, 7), same, strict=True):
+            p.grad = torch.linspace(-1, steps, 50)
+            for _ in range(steps):
+                optimizer.step()
+            p.grad = None
+        a, b, c = same
+        state[a], state[b], state[c] = state[b], state[c], state[a]
+        numbers = [float(optimizer.state_dict()["state"][len(ps) + i]["step"]) for i in range(3)]
+        for p in same:
+            p.grad = torch.ones(50)
+        optimizer.step()
+        found.append(
+            [numbers, same, [state[p]["exp_avg"] for p in same], [float(state[p]["step"]) for p in same]]
+        )
+    (numbers, mine, moments, steps), (expected, yours, wanted, counted) = found
+    assert numbers == expected == [1, 7, 4] and steps == counted == [2, 8, 5]
+    same_parameters(mine, yours)
+    same_parameters(moments, wanted)
+
+
+def test_the_step_of_a_parameter_that_has_left_is_its_users():
+    for optimizer, ps in pair():
+        late = torch.nn.Parameter(torch.ones(9))
+        late.grad = torch.ones(9)
+        optimizer.add_param_group({"params": [late]})
+        optimizer.step()
+        group = optimizer.param_groups.pop()
+        optimizer.step()
+        optimizer.state[late]["step"].fill_(100)
+        optimizer.step()
+        assert optimizer.state[late]["step"] == 100
+        optimizer.add_param_group({"params": group["params"]})
+        optimizer.step()
+        assert optimizer.state[late]["step"] == 101
+        taken = optimizer.state.pop(ps[0])["step"]
+        optimizer.step()
+        taken.fill_(50)
+        optimizer.step()
+        assert taken == 50 and optimizer.state[ps[0]]["step"] == 2
 
 
 def test_saving_without_a_group_that_has_left_keeps_its_state_for_later():
@@ -378,6 +449,93 @@ def test_a_compensation_that_is_not_given_is_zero():
     assert same_bits(train(ours[0], iter(steps)), train(ours[1], iter(steps)))
 
 
+# ---- signals ----
+
+
+class Interrupted(BaseException):
+    pass
+
+
+def interrupted_at(event, call):
+    """Calls, and raises at the line `event` of the package's optimizers; whether it came so far."""
+    left = event
+
+    def trace(frame, kind, _):
+        nonlocal left
+        if "lora_kernels/optim" not in frame.f_code.co_filename:
+            return None
+        if kind == "line":
+            left -= 1
+            if left == 0:
+                raise Interrupted
+        return trace
+
+    sys.settrace(trace)
+    try:
+        call()
+    except Interrupted:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+def few():
+    return [torch.nn.Parameter(torch.linspace(-1, i + 1.0, 40 * i + 3)) for i in range(3)]
+
+
+def one_step(ps, seed):
+    for i, p in enumerate(ps):
+        p.grad = torch.linspace(seed, i - 1.0, p.numel())
+
+
+def prepared(case):
+    """An optimizer with a step to make."""
+    ps = few()
+    optimizer = lk.optim.PagedAdamW(ps, lr=1e-2, page_bytes=PAGE)
+    if case != "first":
+        one_step(ps, 1.0)
+        optimizer.step()
+    if case == "written":
+        optimizer.state[ps[0]]["step"].fill_(50)
+        optimizer.state[ps[1]]["exp_avg"].mul_(2.0)
+    if case == "new":
+        late = torch.nn.Parameter(torch.ones(7))
+        optimizer.add_param_group({"params": [late]})
+        ps.append(late)
+    if case == "left":
+        optimizer.add_param_group({"params": [optimizer.param_groups[0]["params"].pop()]})
+    one_step(ps, 2.0)
+    return optimizer, ps
+
+
+def outcome(optimizer, ps):
+    state = optimizer.state_dict()["state"]
+    return [p.detach().clone() for p in ps], [
+        torch.as_tensor(value).clone() for entry in state.values() for value in entry.values()
+    ]
+
+
+@pytest.mark.parametrize("case", ["first", "second", "written", "new", "left"])
+def test_a_step_that_is_interrupted_at_any_line_is_made_once(case):
+    optimizer, ps = prepared(case)
+    optimizer.step()
+    # Every line of the plain cases, a third of the others'.
+    by = 1 if case in ("first", "second") else 3
+    expected, event, finished = outcome(optimizer, ps), 0 - int(torch.randint(by, ())), False
+    while not finished:
+        event += by
+        optimizer, ps = prepared(case)
+        tick = optimizer._tick
+        came = interrupted_at(event, optimizer.step)
+        finished = not came
+        if came and not (optimizer._tick > tick and optimizer._all.pending is None):
+            optimizer.step()
+        for a, b in zip(outcome(optimizer, ps), expected, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True)), f"at line event {event}"
+    assert event > 100
+
+
 # ---- the counts ----
 
 
@@ -398,10 +556,9 @@ def test_counts_of_many_parameters_keep_their_tensors_until_most_are_gone():
     again = torch.zeros(())
     for _ in range(_MOST_UNUSED):
         counts.update({again: 1})
-        counts.remove(again)
+        counts.remove([again])
     assert not counts.compact()  # fewer than are in use
-    for p in ps[:-1]:
-        counts.remove(p)
+    counts.remove(ps[:-1])
     assert counts.compact() and len(counts) == 1 and counts.tensor(ps[-1]) == 7
     held.fill_(9)  # of before
     assert not counts.changed()
