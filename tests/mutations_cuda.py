@@ -248,7 +248,7 @@ _OF_LOW_RANK = [
         LOW_RANK,
         "round_pair<kDtype>(four.x, four.y),\n",
         "round_pair<kDtype>(four.y, four.x),\n",
-        "tests/gpu/test_training_kernels.py -k float32",
+        "tests/test_simt.py -k kernels_pass_100",
     ),
     (
         "an adapter's first rows again",
