@@ -146,7 +146,7 @@ def lora_linear(
     y: Tensor,  # [T, N]
     h: Tensor,  # [T, r]
 ) -> None:
-    finish_shrink, rank, way = _nothing, 0, FIRST
+    finish_shrink, rank, way = nothing, 0, FIRST
     s, k = scaling / (1 - dropout_p), x.shape[1]
     if lora_A is not None:
         b, rank = lora_B.to(x.dtype), lora_A.shape[0]
@@ -164,7 +164,7 @@ def lora_linear(
             start = None if bias is None else bias[n0:n1].to(x.dtype)
             if way != LAST and low is None:  # the first panel has been decoded beside it
                 finish_shrink()
-                finish_shrink, low = _nothing, zero_behind_rows(h)
+                finish_shrink, low = nothing, zero_behind_rows(h)
                 if more:
                     left[:, k : k + rank] = h
             if more:
@@ -199,7 +199,7 @@ def _with_columns(x: Tensor, more: int) -> Tensor:
     return zero_behind_rows(wide)
 
 
-def _nothing() -> None:
+def nothing() -> None:
     pass
 
 

@@ -2,6 +2,7 @@
 
 import torch
 from numerics import make_input
+from problems import dense_of
 
 import lora_kernels as lk
 from lora_kernels import reference
@@ -21,10 +22,7 @@ class Case:
         self.s, self.p, self.rng = 0.7, p, torch.randint(0, 2**63 - 1, (2,)) if p else None
 
     def dense(self, dtype):
-        w = self.weight
-        if isinstance(w, lk.NF4Weight):
-            return reference.nf4_dequantize(*w.base_weight()[:4], tuple(w.shape), w.blocksize, dtype)
-        return w.to(dtype)
+        return dense_of(self.weight, dtype)
 
     def computed(self):
         """y, dx, dA, dB, dmagnitude, dbias."""

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import INPUT_KINDS, LIMIT, assert_accurate, make_input, relative_error
+from problems import dense_of
 from variants import VARIANTS, variant
 
 import lora_kernels as lk
@@ -31,10 +32,7 @@ class Case:
         self.p, self.rng = p, torch.randint(0, 2**63 - 1, (2,)) if p else None
 
     def dense(self, dtype):
-        w = self.weight
-        if isinstance(w, lk.NF4Weight):
-            return reference.nf4_dequantize(*w.base_weight()[:4], tuple(w.shape), w.blocksize, dtype)
-        return w.to(dtype)
+        return dense_of(self.weight, dtype)
 
     def computed(self):
         """y, dx, dbias, and dA and dB of every adapter."""

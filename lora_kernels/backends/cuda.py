@@ -234,10 +234,10 @@ class CudaBackend:
         """h beside what follows on the current stream, on a stream of its own; wait for it by calling."""
         if self._launchers.why_not_low_rank(x.dtype, lora_A) is not None:
             panels.shrink(self._panels, x, lora_A, dropout_p, rng, h)
-            return _nothing
+            return panels.nothing
         if x.device.type != "cuda":
             self._launchers.lora_shrink(x, [lora_A], dropout_p, rng, h)
-            return _nothing
+            return panels.nothing
         current, beside = torch.cuda.current_stream(x.device), _second_stream(x.device)
         beside.wait_stream(current)
         with torch.cuda.stream(beside):
@@ -442,10 +442,6 @@ class CudaBackend:
                 "mask drawn again"
             )
         return [*lines, *whys]
-
-
-def _nothing() -> None:
-    pass
 
 
 @functools.cache

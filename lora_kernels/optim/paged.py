@@ -235,9 +235,8 @@ class PagedOptimizer(torch.optim.Optimizer):
         # A parameter is looked up as rarely as can be: there may be thousands, and their hash is slow.
         seen: set[Tensor] = set()
         placed, apart, resized = 0, False, set()
-        differing: list[
-            tuple[int, int, Tensor]
-        ] = []  # the parameters of which `state` may say something else
+        # The parameters of which `state` may say something else.
+        differing: list[tuple[int, int, Tensor]] = []
         # Entries that are another parameter's are read before its pages change.
         given: dict[Tensor, Mapping[str, Any]] = {}
         for number, (index, p) in enumerate(_numbered(self.param_groups)):

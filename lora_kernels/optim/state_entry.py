@@ -50,7 +50,7 @@ class StateEntry(dict[str, Any]):
         names = tuple(names)
         for name in self._names:
             if name not in names:
-                super().__delitem__(name)
+                super().pop(name, None)
         self._names = names
         self.close()
 

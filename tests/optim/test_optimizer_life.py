@@ -221,6 +221,15 @@ def test_changes_of_one_count_where_another_one_of_another_dtype_changes_size():
     assert ours.state[ps[1]]["exp_avg"].eq(5.0).all() and "compensation" not in ours.state[ps[1]]
 
 
+def test_a_name_that_was_deleted_and_is_not_needed_any_more_is_not_missed():
+    optimizer = lk.optim.PagedAdamW(parameters(torch.bfloat16), lr=1e-2, rounding="kahan")
+    p = train(optimizer, gradients(2, torch.bfloat16))[0]
+    del optimizer.state[p]["compensation"]
+    p.data, p.grad = p.data.float(), None
+    optimizer.step()
+    assert "compensation" not in optimizer.state[p] and optimizer.state[p]["exp_avg"].any()
+
+
 def test_moments_that_are_cut_behind_their_tensors_count():
     for optimizer, ps in pair():
         mask = torch.arange(16) % 3 > 0
