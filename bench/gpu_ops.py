@@ -29,13 +29,23 @@ from bench.baseline_report import NOTHING, microseconds, spread, table  # noqa: 
 from bench.gpu_baseline import DTYPE, FORWARD, Baseline, Job, one_line, parse, record  # noqa: E402
 from bench.shapes import BLOCKSIZE, RANK, SCALING, Shape, weight_bytes  # noqa: E402
 from lora_kernels.backends import cuda, native  # noqa: E402
-from lora_kernels.backends.cuda_launchers import CudaLaunchers  # noqa: E402
+from lora_kernels.backends.cuda_launchers import CLUSTER, GLOBAL_MEMORY, CudaLaunchers  # noqa: E402
+from lora_kernels.base_weight import BaseWeight  # noqa: E402
 
 TOKENS = (1, 8)
 NOT_MEASURED = "not measured"
 PEER = "bitsandbytes+peft"
 CLUSTERED, COUNTERS = "lora_linear_decode, clustered", "lora_linear_decode, counters"
+EXCHANGES = {CLUSTERED: CLUSTER, COUNTERS: GLOBAL_MEMORY}
 FLOOR_GOAL, PEER_GOAL, COPY_GOAL = 0.75, 3.0, 0.80  # BENCHMARKS.md, on an H200
+
+
+def why_not(by: CudaLaunchers, route: str, base: BaseWeight) -> str | None:
+    """Why lora_linear_decode does not take a weight by a route; None where it does."""
+    reason = by.why_not_fused(base, DTYPE, RANK)
+    if reason is None and by.decode_exchange(base, RANK) != EXCHANGES[route]:
+        reason = f"K is too long for this device's blocks to meet in {EXCHANGES[route]}"
+    return reason
 
 
 class Ops(Baseline):
@@ -111,7 +121,7 @@ class Ops(Baseline):
             for t in TOKENS:
                 jobs.append(("lora_kernels", t, partial(self.decode, base, t, None)))
                 for name, route in routes.items():
-                    reason = route.why_not_fused(base.nf4.base_weight(), DTYPE, RANK)
+                    reason = why_not(route, name, base.nf4.base_weight())
                     if reason is None:
                         jobs.append((name, t, partial(self.decode, base, t, route)))
                     else:

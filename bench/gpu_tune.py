@@ -170,9 +170,11 @@ class Tune(Interleaved):
         """Each kernel that can serve T tokens: the fused ones where they take the weight, and panels."""
         make = self.forward if op == "lora_linear" else self.dx
         limits = {PANELS: {DECODE: NO_TOKENS, MIXED: NO_TOKENS, DX: NO_TOKENS}}
-        if self.launchers.why_not_fused(base.nf4.base_weight(), DTYPE, RANK) is None:
+        weight = base.nf4.base_weight()
+        if self.launchers.why_not_fused(weight, DTYPE, RANK) is None:
             limits[OPS[op]] = {DECODE: NO_TOKENS, MIXED: ALL_TOKENS, DX: ALL_TOKENS}
-            if op == "lora_linear" and t <= MOST_DECODE_TOKENS:
+            decodes = self.launchers.decode_exchange(weight, RANK) is not None
+            if op == "lora_linear" and t <= MOST_DECODE_TOKENS and decodes:
                 limits[DECODE] = {DECODE: MOST_DECODE_TOKENS}
         return {
             what: partial(make, base, t, backend_with(self.launchers, some)) for what, some in limits.items()

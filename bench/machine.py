@@ -30,13 +30,15 @@ def core_count() -> int:
 def slug() -> str:
     """The processor, AMX where it has it, and the cores that this process may use, as a folder name.
 
-    On a virtual machine the processor's own name may not tell whether there is AMX.
+    On a virtual machine the processor's own name may not tell whether there is AMX. An instruction set that
+    LORA_KERNELS_CPU_ISA forces is another machine: "...-2c-as-avx512".
     """
-    from lora_kernels.backends.native import CPU_ISAS
+    from lora_kernels.backends.native import CPU_ISAS, cpu_isa
 
     name = re.sub(r"\((r|tm|c)\)|\bcpu\b|@.*$", " ", cpu_name().lower())
     name += " amx" if "amx" in CPU_ISAS else ""
-    return re.sub(r"[^a-z0-9]+", "-", f"{name} {core_count()}c").strip("-")
+    forced = f" as {cpu_isa()}" if os.environ.get("LORA_KERNELS_CPU_ISA") else ""
+    return re.sub(r"[^a-z0-9]+", "-", f"{name} {core_count()}c{forced}").strip("-")
 
 
 def last_level_cache_bytes() -> int:

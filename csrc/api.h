@@ -120,9 +120,10 @@ int lk_cpu_lora_linear_backward(const lk_matrix* dy, int64_t tokens, const lk_ma
 int64_t lk_cpu_lora_linear_backward_workspace(int64_t tokens, int64_t out_features, int64_t in_features,
                                               int64_t rank, int has_dropout);
 
-// lora_linear without dropout for few tokens (`takes` says which problems) on a GPU, in one launch on
-// `stream`. `workspace` and `counters` have the sizes that `scratch` says; the counters are zero before and
-// after. `clustered`: the slices of K meet in a cluster (sm_90 and later), without workspace and counters.
+// lora_linear without dropout for few tokens on a GPU, in one launch on `stream`. `workspace` and `counters`
+// have the sizes that `scratch` says; the counters are zero before and after. `clustered`: the slices of K
+// meet in a cluster (sm_90 and later), without workspace and counters. `takes`: whether a slice of K fits a
+// block of the current device that way; besides, the base is as lora_linear_mixed takes it.
 typedef struct lk_scratch {
   int64_t workspace;  // bytes
   int64_t counters;
@@ -133,16 +134,19 @@ int lk_cuda_lora_linear_decode(const lk_matrix* x, int64_t tokens, const lk_base
 int lk_cuda_lora_linear_decode_clustered(const lk_matrix* x, int64_t tokens, const lk_base_weight* base,
                                          const lk_adapter* adapter, const lk_matrix* bias, void* y, void* h,
                                          void* stream);
-int lk_cuda_lora_linear_decode_takes(int64_t tokens, const lk_base_weight* base, int64_t rank);
+int lk_cuda_lora_linear_decode_takes(int64_t out_features, int64_t in_features, int64_t rank, int nf4,
+                                     int clustered);
 lk_scratch lk_cuda_lora_linear_decode_scratch(int64_t tokens, int64_t out_features, int64_t in_features,
                                               int64_t rank, int nf4, int clustered);
 
 // lora_linear for more tokens, in one launch. `given_h` [T, r]: h where it is computed already (dropout, or a
 // rank over 16); else null, h is written, and A has to be of x's dtype with rows that start on 16 bytes.
-// The base is as lora_linear_decode takes it.
+// `takes`: whether this kernel and lora_linear_backward_dx take the base: rows of 64 weights that share a
+// scale, which 16 bytes divide, and a rank up to 256.
 int lk_cuda_lora_linear_mixed(const lk_matrix* x, int64_t tokens, const lk_base_weight* base,
                               const lk_adapter* adapter, const lk_matrix* bias, const void* given_h, void* y,
                               void* h, void* workspace, uint32_t* counters, void* stream);
+int lk_cuda_lora_linear_mixed_takes(const lk_base_weight* base, int64_t rank);
 lk_scratch lk_cuda_lora_linear_mixed_scratch(int64_t tokens, int64_t out_features, int64_t in_features,
                                              int64_t rank);
 

@@ -174,13 +174,10 @@ int64_t lora_linear_decode_cuda(const Tensor x, const Tensor weight, std::option
       workspace.mutable_data_ptr(), static_cast<uint32_t*>(counters.mutable_data_ptr()), call.stream()));
 }
 
-int64_t lora_linear_decode_takes_cuda(const Tensor weight, int64_t tokens, int64_t out_features,
-                                      int64_t in_features, int64_t blocksize, int64_t rank) {
-  lk_nf4_weight nf4 = {static_cast<const uint8_t*>(weight.const_data_ptr()), nullptr, nullptr, nullptr,
-                       blocksize};
-  lk_base_weight base = {&nf4, {nullptr, LK_F32, 0}, out_features, in_features};
-  if (blocksize == 0) base.nf4 = nullptr, base.dense = matrix(weight);
-  return lk_cuda_lora_linear_decode_takes(tokens, &base, rank);
+int64_t lora_linear_decode_takes_cuda(const Tensor weight, int64_t out_features, int64_t in_features,
+                                      int64_t rank, bool nf4, bool clustered) {
+  Call call(weight);
+  return lk_cuda_lora_linear_decode_takes(out_features, in_features, rank, nf4, clustered);
 }
 
 std::tuple<int64_t, int64_t> lora_linear_decode_scratch_cuda(const Tensor weight, int64_t tokens,
@@ -212,6 +209,15 @@ int64_t lora_linear_mixed_cuda(const Tensor x, const Tensor weight, std::optiona
       &rows, x.size(0), &base, &lora, &addend, given_h ? given_h->const_data_ptr() : nullptr,
       y.mutable_data_ptr(), h ? h->mutable_data_ptr() : nullptr, workspace.mutable_data_ptr(),
       static_cast<uint32_t*>(counters.mutable_data_ptr()), call.stream()));
+}
+
+int64_t lora_linear_mixed_takes_cuda(const Tensor weight, int64_t out_features, int64_t in_features,
+                                     int64_t blocksize, int64_t rank) {
+  lk_nf4_weight nf4 = {static_cast<const uint8_t*>(weight.const_data_ptr()), nullptr, nullptr, nullptr,
+                       blocksize};
+  lk_base_weight base = {&nf4, {nullptr, LK_F32, 0}, out_features, in_features};
+  if (blocksize == 0) base.nf4 = nullptr, base.dense = matrix(weight);
+  return lk_cuda_lora_linear_mixed_takes(&base, rank);
 }
 
 std::tuple<int64_t, int64_t> lora_linear_mixed_scratch_cuda(const Tensor weight, int64_t tokens,
@@ -419,6 +425,7 @@ void implement(Library& m) {
   m.impl("lora_dropout.out", TORCH_BOX(&lora_dropout_cuda));
   m.impl("lora_linear_decode.out", TORCH_BOX(&lora_linear_decode_cuda));
   m.impl("lora_linear_decode_takes", TORCH_BOX(&lora_linear_decode_takes_cuda));
+  m.impl("lora_linear_mixed_takes", TORCH_BOX(&lora_linear_mixed_takes_cuda));
   m.impl("lora_linear_decode_scratch", TORCH_BOX(&lora_linear_decode_scratch_cuda));
   m.impl("lora_linear_mixed.out", TORCH_BOX(&lora_linear_mixed_cuda));
   m.impl("lora_linear_mixed_scratch", TORCH_BOX(&lora_linear_mixed_scratch_cuda));

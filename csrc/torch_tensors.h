@@ -83,8 +83,8 @@ void define_out_overloads(Library& m) {
       "int blocksize, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? bias, bool clustered, *, "
       "Tensor(a!) y, Tensor(b!) h, Tensor(c!) workspace, Tensor(d!) counters) -> int");
   m.def(
-      "lora_linear_decode_takes(Tensor weight, int tokens, int out_features, int in_features, int blocksize, "
-      "int rank) -> int");
+      "lora_linear_decode_takes(Tensor weight, int out_features, int in_features, int rank, bool nf4, bool "
+      "clustered) -> int");
   m.def(
       "lora_linear_decode_scratch(Tensor weight, int tokens, int out_features, int in_features, int rank, "
       "bool "
@@ -93,6 +93,9 @@ void define_out_overloads(Library& m) {
       "lora_linear_mixed.out(Tensor x, Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? offset, "
       "int blocksize, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? bias, Tensor? given_h, *, "
       "Tensor(a!) y, Tensor(b!)? h, Tensor(c!) workspace, Tensor(d!) counters) -> int");
+  m.def(
+      "lora_linear_mixed_takes(Tensor weight, int out_features, int in_features, int blocksize, int rank) -> "
+      "int");
   m.def(
       "lora_linear_mixed_scratch(Tensor weight, int tokens, int out_features, int in_features, int rank) -> "
       "(int workspace, int counters)");

@@ -49,10 +49,12 @@ def _dropped(kernels: Kernels, x: Tensor, p: float, rng: Tensor | None) -> Tenso
 
 
 def _rows_by_adapter(adapter_index: Tensor, adapters: int) -> list[Tensor]:
-    """The rows of every adapter, ascending: one sort for all."""
-    order = torch.argsort(adapter_index, stable=True)
-    counts = torch.bincount(adapter_index + 1, minlength=adapters + 1).tolist()
-    return list(order.split(counts)[1:])
+    """The rows of every adapter, ascending: one sort for all. Rows of no adapter, and on a GPU of one that
+    does not exist, are nobody's."""
+    index = adapter_index.clamp(-1, adapters) + 1
+    order = torch.argsort(index, stable=True)
+    counts = torch.bincount(index, minlength=adapters + 2).tolist()
+    return list(order.split(counts)[1:-1])
 
 
 def lora_linear_batched(

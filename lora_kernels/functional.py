@@ -275,8 +275,7 @@ def lora_linear_batched(
         lora_A, lora_B: adapter i: [r_i, K] and [N, r_i]; ranks may differ. None at all: base alone.
         scaling: s_i.
         adapter_index: int64, of x's leading shape; -1 = base alone. On a CPU other values outside the list
-            are refused; on a GPU, where looking would make every call wait for the device, they are not
-            looked for.
+            are refused; on a GPU, where looking would make every call wait for the device, they are as -1.
         dropout_p, rng: one mask for all rows, that of `lora_linear` on the same x.
 
     Raises:

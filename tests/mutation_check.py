@@ -340,7 +340,11 @@ MUTATIONS = [
     ),
     # lora_linear_batched, dora_linear
     Mutation(
-        "rows of the next adapter", COMPOSED, "order.split(counts)[1:]", "order.split(counts)[:-1]", T_BATCHED
+        "rows of the next adapter",
+        COMPOSED,
+        "order.split(counts)[1:-1]",
+        "order.split(counts)[:-2]",
+        T_BATCHED,
     ),
     Mutation(
         "batched scaling",

@@ -15,8 +15,9 @@ STEP, GLUE = f"{_CUDA}optim_step.cu", "lora_kernels/backends/cuda.py"
 SOME = "simt and (large_ranks or edge or few_tokens or 16_bit or dense or blocksize or sizes or unaligned)"
 LORA = f"tests/test_training_step.py -k test ; tests/test_lora_linear.py -k '{SOME}'"
 BATCHED = "tests/test_training_step.py -k adapters ; tests/test_lora_linear_batched.py -k simt"
+# Tests of all variants at once have no simt in their names.
 OF_DROPOUT, OF_DEQUANTIZE, OF_QUANTIZE = (
-    f"tests/test_{n}.py -k simt" for n in ("lora_dropout", "nf4_dequantize", "nf4_quantize")
+    f"tests/test_{n}.py -k 'simt or every_'" for n in ("lora_dropout", "nf4_dequantize", "nf4_quantize")
 )
 STEPS = "tests/optim/test_steps.py -k simt"
 
@@ -92,16 +93,17 @@ _OF_MIXED = [
     (
         "mixed: h unscaled",
         MIXED,
-        "round_to<kDtype>(p.scaling * low[i][e])",
-        "round_to<kDtype>(low[i][e])",
+        "__fmaf_rn(p.scaling, low[i], acc[m][c][i])",
+        "acc[m][c][i] + low[i]",
         LORA,
     ),
     (
-        "mixed: given h unscaled",
+        "mixed: h scaled where it is rounded",
         MIXED,
-        "round_to<kDtype>(p.scaling * value)",
-        "round_to<kDtype>(value)",
-        LORA,
+        "h[token * stride + j] = round_to<kDtype>(low[i][e]);",
+        "h[token * stride + j] ="
+        " round_to<kDtype>(to_float<kDtype>(round_to<kDtype>(p.scaling * low[i][e])) / p.scaling);",
+        "tests/test_lora_linear.py -k 'simt and beyond_float16'",
     ),
     ("mixed: sixteen ranks", MIXED, "first < p.rank; first += 16", "first < 16; first += 16", LORA),
     ("mixed: given h once a slice", MIXED, "slice == 0 && token0 + token", "token0 + token", LORA),
@@ -283,6 +285,7 @@ _OF_DROPOUT = [
         OF_DROPOUT,
     ),
     ("dropout: one word for four", DROPOUT, ">> element % 4 & 1", "& 1", OF_DROPOUT),
+    ("dropout: of float32 a word for two", DROPOUT, "low & 2 ? bits.y", "low & 1 ? bits.y", OF_DROPOUT),
     ("dropout: the tail's first element", DROPOUT, "piece << place % 32", "piece", OF_DROPOUT),
     ("dropout: of a pair, the first's word", MASK, "if (second < threshold)", "if (first < threshold)", LORA),
     ("dropout: beyond a third counter", MASK, "kept4(first / 4 + 2) << 8", "kept4(first / 4) << 8", LORA),

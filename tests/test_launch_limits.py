@@ -7,7 +7,7 @@ import torch
 
 import lora_kernels as lk
 from lora_kernels.backends.cuda import GRADIENT_OF_H
-from lora_kernels.backends.cuda_launchers import SortedRows
+from lora_kernels.backends.cuda_launchers import CLUSTER, GLOBAL_MEMORY, SortedRows
 
 LEAST_SHARED = 89  # 99 KiB a block, as on 8.6 and 12.0; 163 on 8.0, 227 on 9.0
 
@@ -37,6 +37,50 @@ def test_every_kernel_of_a_step_fits_the_smallest_shared_memory(small_blocks, to
             results.append([y, *torch.autograd.grad(y, [x, A, B], dy)])
     for want, got in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=0.03, atol=0.03 * float(want.detach().abs().max()))
+
+
+@pytest.mark.parametrize("tokens", [3, 16])
+def test_an_inner_dimension_that_no_cluster_of_a_small_gpu_holds(tokens):
+    """On 12.0 eight blocks of 99 KiB hold 8192 columns of eight tokens and little more: decode goes through
+    global memory, and lora_linear_mixed and dx, which hold no slice whole, take any K."""
+    launchers, ours = simt_backend.backend._launchers, simt_backend.backend
+    weights = {k: lk.nf4_quantize((torch.randn(24, k) * k**-0.5).bfloat16()) for k in (4096, 14336)}
+    simt_backend.pretend(4, 120)
+    try:
+        exchanges = [launchers.decode_exchange(w.base_weight(), 16) for w in weights.values()]
+        assert exchanges == [CLUSTER, GLOBAL_MEMORY]
+        weight, k = weights[14336], 14336
+        assert ours._kernel("lora_linear", weight.base_weight(), tokens, torch.bfloat16, 16)[0] != "panels"
+        A, B = ((torch.randn(s) / s[1] ** 0.5).bfloat16().requires_grad_() for s in ((16, k), (24, 16)))
+        x, dy = torch.randn(tokens, k).bfloat16().requires_grad_(), torch.randn(tokens, 24).bfloat16()
+        results = []
+        for backend in ("reference", "simt"):
+            with lk.use_backend(backend):
+                y = lk.lora_linear(x, weight, A, B, scaling=0.5)
+                results.append([y, *torch.autograd.grad(y, [x, A, B], dy)])
+    finally:
+        simt_backend.pretend(4, 80)
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=0.03, atol=0.03 * float(want.detach().abs().max()))
+
+
+def test_an_inner_dimension_that_no_slices_hold_is_mixeds_work():
+    """Decode has up to 64 slices of up to 8192."""
+    base = lk.nf4_quantize(torch.zeros(1, 1 << 20).bfloat16()).base_weight()
+    ours = simt_backend.backend
+    assert ours._launchers.decode_exchange(base, 16) is None
+    assert ours._kernel("lora_linear", base, 1, torch.bfloat16, 16)[0] == "lora_linear_mixed"
+
+
+def test_columns_of_w0_that_do_not_lie_together_are_not_copied():
+    """torch's GEMM takes a transposed weight as it is."""
+    weight = torch.randn(128, 72).bfloat16().T
+    x = torch.randn(16, 128).bfloat16()
+    with lk.use_backend("simt"):
+        lines = lk.explain(weight, 16)
+        out = lk.lora_linear(x, weight)
+    assert "do not lie beside each other" in str(lines)
+    torch.testing.assert_close(out, x @ weight.T, rtol=0.02, atol=0.02)
 
 
 def test_lora_expand_takes_more_than_65535_tiles_of_rows(small_blocks):

@@ -128,6 +128,12 @@ def test_large_ranks(r, tokens, p, kernels):
     check(tokens, 96, 128, r, dtype=torch.bfloat16, p=p)
 
 
+@pytest.mark.parametrize("k", [50, 65, 67])
+def test_masks_of_rows_of_odd_sizes(k, kernels):
+    """Four elements share a counter of the mask, and so do the end of a row and the start of the next."""
+    check(40, 33, k, 8, draws=4, dtype=torch.bfloat16, kind="gelu", p=0.3)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_several_blocks_of_tokens(dtype, kernels):
     """More tokens than share one decoding of W0: masks, and sums of dA and dB, go on from block to block."""
@@ -410,6 +416,20 @@ def test_inputs_are_not_changed(backend):
     before = [t.clone() for t in tensors]
     case.computed()
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+
+
+@pytest.mark.parametrize("tokens", [3, 16, 40, 600])
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_a_scaled_h_beyond_float16(tokens, p, backend):
+    """h is 6400 and s·h 102400; y is not: eager rounds h, and scales h·Bᵀ. With B = 0 an infinity is NaN."""
+    case = Case(tokens, 72, 64, 2, torch.float16, p=p, nf4=tokens % 16 == 0)
+    case.x.fill_(100)
+    case.A.fill_(1)
+    case.scaling = 16.0
+    for value in (0.0, 2.0**-12):
+        case.B.fill_(value)
+        y, truth = case.computed()[0], case.expected(torch.float64)[0]
+        assert relative_error(y, truth) <= 2 * LIMIT[torch.float16]
 
 
 @pytest.mark.parametrize("scaling", [0.0, -1.5, 1e-3])

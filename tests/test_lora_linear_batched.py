@@ -1,6 +1,7 @@
 """lora_linear_batched: every row its own adapter, forward and gradients, on every backend."""
 
 import pytest
+import simt_backend
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -87,6 +88,14 @@ def test_a_large_rank_beside_small_ones(p, dtype, kernels):
     case = Case(70, 96, 128, dtype, p=p, ranks=(4, 100, 7))
     for out, truth in zip(case.computed(), case.expected(torch.float64), strict=True):
         assert relative_error(out, truth) <= 2 * LIMIT[dtype]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_a_wide_output(p, kernels):
+    """On a GPU g of every adapter is then the sum of several strips of dy."""
+    case = Case(70, 1100, 64, torch.bfloat16, p=p)
+    for out, truth in zip(case.computed(), case.expected(torch.float64), strict=True):
+        assert relative_error(out, truth) <= 2 * LIMIT[torch.bfloat16]
 
 
 def test_equals_lora_linear_where_all_rows_take_one_adapter(backend):
@@ -196,6 +205,26 @@ def test_compiles_without_a_graph_break():
         torch.autograd.grad(compiled(case.x).sum(), A), torch.autograd.grad(run(case.x).sum(), A), strict=True
     ):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_gpu_that_does_not_look_at_the_indices_gives_strange_ones_the_base_alone(dtype):
+    case = Case(50, 24, 64, dtype)
+    strange = torch.where(case.index == -1, torch.arange(50) % 3 * 5 - 7, case.index)
+    base, rank = case.weight.base_weight(), max(RANKS)
+    results = []
+    for index in (case.index, strange):
+        y, h = case.x.new_empty(50, 24), case.x.new_full((50, rank), float("nan"))
+        outs = [torch.empty_like(v) for v in (case.x, *case.A, *case.B)]
+        lists = (case.A, case.B, SCALES, index)
+        simt_backend.backend.lora_linear_batched(case.x, base, *lists, None, 0.0, None, y, h)
+        grads = (outs[0], outs[1:4], outs[4:], None)
+        arguments = (case.dy, case.x, h, base, *lists, 0.0, None)
+        simt_backend.backend.lora_linear_batched_backward(*arguments, *grads)
+        results.append([y, h, *outs])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    ranks = torch.tensor([0, *RANKS])[case.index + 1]  # what a row's adapter does not have is zero
+    assert torch.equal(results[0][1] != 0, torch.arange(rank) < ranks[:, None])
 
 
 def test_bad_arguments_are_named(backend):

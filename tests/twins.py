@@ -7,6 +7,7 @@ with the stand-in.
 """
 
 import ctypes
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -44,7 +45,8 @@ def twins_arch(capability: tuple[int, int]) -> int:
 def build_cuda(folder: Path, capability: tuple[int, int]) -> ctypes.CDLL:
     library = folder / "libtwins_cuda.so"
     arch = f"{capability[0]}{capability[1]}" + ("a" if capability >= (9, 0) else "")
-    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    nvcc = os.environ.get("NVCC") or shutil.which("nvcc") or f"{home}/bin/nvcc"
     # -gencode: with -arch=sm_90a nvcc 13 compiles for compute_90 as well, which has no wgmma.
     flags = ["-std=c++20", "-O3", "-gencode", f"arch=compute_{arch},code=sm_{arch}", "-Xcompiler", "-fPIC"]
     _compile(

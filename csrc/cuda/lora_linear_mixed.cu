@@ -51,6 +51,15 @@ extern "C" int lk_cuda_lora_linear_mixed(const lk_matrix* x, int64_t tokens, con
              : mixed::run_tokens<LK_F16, false>(p, plan, stream);
 }
 
+extern "C" int lk_cuda_lora_linear_mixed_takes(const lk_base_weight* base, int64_t rank) {
+  using lk::cuda::aligned_rows, lk::cuda::mixed::kUnit;
+  const int64_t k = base->in_features;
+  if (k < kUnit || k % kUnit != 0 || base->out_features < 1 || rank > lk::cuda::mixed::kMostRank) return 0;
+  if (base->nf4 == nullptr) return aligned_rows(base->dense.data, base->dense.stride, 2) ? 1 : 0;
+  return base->nf4->blocksize >= kUnit && k % base->nf4->blocksize == 0 &&
+         aligned_rows(base->nf4->packed, k / 2, 1);
+}
+
 extern "C" lk_scratch lk_cuda_lora_linear_mixed_scratch(int64_t tokens, int64_t out_features,
                                                         int64_t in_features, int64_t rank) {
   using namespace lk::cuda;

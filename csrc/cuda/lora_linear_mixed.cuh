@@ -16,9 +16,9 @@
 //
 // As in lora_linear_decode the order of K within 64 is free: a thread takes 16 successive weights of a row
 // and the same 16 elements of a token, so neither is repacked. A block's scale multiplies the fragment once
-// per 64 of K. The low-rank term is a tail of the same fragments over k = r: B's rows times s·h, rounded to T
-// as eager rounds h. Slices are added in their order by the last block of a tile (GlobalExchange's counters,
-// as in decode).
+// per 64 of K. The low-rank term is a tail of the same fragments over k = r: B's rows times h, rounded to T
+// as eager rounds it, times s in fp32 (s·h may be beyond fp16). Slices are added in their order by the last
+// block of a tile (GlobalExchange's counters, as in decode).
 //
 // Bytes: W0 once per kTokens tokens, x once per 128 rows (from L2); operations 2·T·N·K. The floor is the
 // larger of W0's bytes over the bandwidth and the operations over the tensor cores' rate.
@@ -49,7 +49,7 @@ struct Shape {
   static constexpr int kWeightBytes = kRows * kRowBytes<kNf4>, kXBytes = kTokens * kStageK<kNf4> * 2;
   static constexpr int kStageBytes = kWeightBytes + kXBytes;
   // The pair table of 32 KiB (stride 128: two instructions more for a pair than decode's, for 64 KiB less),
-  // the dynamic map, the ring. At the end s·h [token][rank] takes the ring's place: beside it, 64 tokens of
+  // the dynamic map, the ring. At the end h [token][rank] takes the ring's place: beside it, 64 tokens of
   // rank 256 would be more than the 99 KiB that compute capability 8.6, 8.9 and 12.0 give a block.
   static constexpr int kTable = 0, kMap = kNf4 ? 256 * 128 : 0, kRing = kMap + (kNf4 ? 1024 : 0);
   static constexpr int kH = kRing, kBytes = kRing + kStages * kStageBytes;
@@ -68,7 +68,7 @@ struct Problem : LoraLinear {
 template <int kDtype, bool kNf4, int kTokens>
 struct Kernel {
   using S = Shape<kNf4, kTokens>;
-  static_assert(S::kH + kTokens * S::h_stride(kMostRank) * 2 <= S::kBytes, "s·h fits where the ring was");
+  static_assert(S::kH + kTokens * S::h_stride(kMostRank) * 2 <= S::kBytes, "h fits where the ring was");
   static constexpr int kColumns = kTokens / 8;      // n8 tiles
   static constexpr int kMine = (kColumns + 3) / 4;  // of which a warp multiplies A with these many
 
@@ -182,7 +182,7 @@ struct Kernel {
     if (p.rank > 0) {
       __syncthreads();  // the ring has been read
       put_h(p, shared, low, token_tile, row_tile, slice, lane, warp, thread);
-      __syncthreads();  // s·h is there
+      __syncthreads();  // h is there
       add_low_rank(p, shared, row0 + 32 * warp, lane, acc);
     }
     if (p.slices == 1) {
@@ -276,7 +276,7 @@ struct Kernel {
            (int64_t{token_tile} * p.slices + slice) * kTokens * p.rank;
   }
 
-  // s·h of the slice (given: of the first slice, which is then the only one that adds it) to shared memory as
+  // h of the slice (given: of the first slice, which is then the only one that adds it) to shared memory as
   // T, zeros up to a multiple of 16 ranks; h itself, or its sums, out.
   static __device__ __forceinline__ void put_h(const Problem& p, Shared<char> shared,
                                                const float (&low)[kMine][4], int token_tile, int row_tile,
@@ -291,7 +291,7 @@ struct Kernel {
         if (slice == 0 && token0 + token < p.tokens && j < p.rank) {
           value = to_float<kDtype>(p.given_h[(token0 + token) * p.rank + j]);
         }
-        h[token * stride + j] = round_to<kDtype>(p.scaling * value);
+        h[token * stride + j] = round_to<kDtype>(value);
       }
       return;
     }
@@ -302,7 +302,7 @@ struct Kernel {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int j = g + e / 2 * 8, token = 8 * (warp + 4 * i) + 2 * t + e % 2;
-        h[token * stride + j] = round_to<kDtype>(p.scaling * low[i][e]);
+        h[token * stride + j] = round_to<kDtype>(low[i][e]);
         if (row_tile != 0 || j >= p.rank || token0 + token >= p.tokens) continue;
         if (p.slices == 1) {
           p.h[(token0 + token) * p.rank + j] = round_to<kDtype>(low[i][e]);
@@ -313,7 +313,7 @@ struct Kernel {
     }
   }
 
-  // acc += B[32 rows of the warp, r] · (s·h)[kTokens, r]ᵀ.
+  // acc += s·B[32 rows of the warp, r]·h[kTokens, r]ᵀ, 16 ranks at a time.
   static __device__ __forceinline__ void add_low_rank(const Problem& p, Shared<char> shared, int64_t row,
                                                       int lane, float (&acc)[2][kColumns][4]) {
     const int g = lane / 4, t = lane % 4, stride = S::h_stride(p.rank);
@@ -332,7 +332,12 @@ struct Kernel {
         const Shared<const uint32_t> pairs = cast<const uint32_t>(h + (8 * c + g) * stride + first);
         const uint32_t b[2] = {pairs[t], pairs[t + 4]};
 #pragma unroll
-        for (int m = 0; m < 2; ++m) mma<kDtype>(acc[m][c], a[m], b);
+        for (int m = 0; m < 2; ++m) {
+          float low[4] = {};
+          mma<kDtype>(low, a[m], b);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) acc[m][c][i] = __fmaf_rn(p.scaling, low[i], acc[m][c][i]);
+        }
       }
     }
   }

@@ -10,6 +10,7 @@ from torch import Tensor
 from lora_kernels import composed, panels
 from lora_kernels.backends import native
 from lora_kernels.backends.cuda_launchers import (
+    CLUSTER,
     MOST_ADAPTERS,
     MOST_DECODE_TOKENS,
     MOST_FUSED_RANK,
@@ -278,7 +279,8 @@ class CudaBackend:
     ) -> None:
         """One sweep over dy, one over x, and dx on top of what they have in common: g.
 
-        g of a large rank is a product of its own, since its partial sums would be larger than dy.
+        g of a large rank is a product of its own, since its partial sums would be larger than dy. A sweep
+        takes 64 ranks: of more it reads its operand as many times.
         """
         self._check_built()
         if self._launchers.why_not_low_rank(dy.dtype, lora_A, lora_B) is not None:
@@ -293,7 +295,8 @@ class CudaBackend:
             panels.gradient_of_h(g, dy, lora_B, scaling / (1 - dropout_p))
             swept = None
         if swept is not None or dB is not None or dbias is not None:
-            adapters = ([], []) if lora_B is None else ([lora_B], [scaling / (1 - dropout_p)])
+            needless = lora_B is None or (swept is None and dB is None)  # dbias alone takes one pass over dy
+            adapters = ([], []) if needless else ([lora_B], [scaling / (1 - dropout_p)])
             self._launchers.lora_linear_backward_dy(
                 dy, h if dB is not None else None, *adapters, swept, [] if dB is None else [dB], dbias
             )
@@ -402,10 +405,13 @@ class CudaBackend:
             if row.op == op and row.capability <= capability and row.weights <= weights:
                 rows.setdefault(row.kernel, row)
         for row in rows.values():
-            if tokens <= row.tokens:
+            if tokens <= row.tokens and not self._too_long(row.kernel, base, rank):
                 return row.kernel, f"up to {row.tokens} tokens: {row.why}"
         last = list(rows.values())[-1]
         return "panels", f"more than {last.tokens} tokens: {last.why}"
+
+    def _too_long(self, kernel: str, base: BaseWeight, rank: int) -> bool:
+        return kernel == "lora_linear_decode" and self._launchers.decode_exchange(base, rank) is None
 
     def explain(self, base: BaseWeight, tokens: int, dtype: torch.dtype) -> list[str]:
         decoder = f"CUDA nf4_dequantize ({self._archs or 'not built'})"
@@ -415,7 +421,8 @@ class CudaBackend:
         kernel, why = self._kernel("lora_linear", base, tokens, dtype, 16)
         whys = [f"why: {why}"]
         if kernel != "panels":
-            clustered = self._launchers.clustered(base.data.device) and kernel == "lora_linear_decode"
+            decodes = kernel == "lora_linear_decode"
+            clustered = decodes and self._launchers.decode_exchange(base, 16) == CLUSTER
             lines[0] = (
                 f"forward: CUDA {kernel}: one launch, W0 decoded in registers for all tokens, slices of K "
                 f"added {'in a cluster' if clustered else 'through global memory'}; with dropout: "

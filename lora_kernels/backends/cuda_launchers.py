@@ -13,6 +13,7 @@ _16_BIT = (torch.bfloat16, torch.float16)
 _COMPILED = (torch.float32, *_16_BIT)
 MOST_DECODE_TOKENS = 8
 MOST_FUSED_RANK = 16  # h beside y in lora_linear_mixed
+CLUSTER, GLOBAL_MEMORY = "a cluster", "global memory"
 _QUANTIZE_SCRATCH = 2 + 256
 """int64 elements: whether a NaN or an infinity was met, a counter, LK_NF4_PARTIAL_SUMS of csrc/api.h."""
 
@@ -67,6 +68,7 @@ class CudaLaunchers:
         self._decode_takes = ops.lora_linear_decode_takes.default
         self._decode_scratch = ops.lora_linear_decode_scratch.default
         self._mixed, self._mixed_scratch = ops.lora_linear_mixed.out, ops.lora_linear_mixed_scratch.default
+        self._mixed_takes = ops.lora_linear_mixed_takes.default
         self._lora_dropout = ops.lora_dropout.out
         self._shrink, self._shrink_scratch = ops.lora_shrink.out, ops.lora_shrink_scratch.default
         self._expand = ops.lora_expand.out
@@ -79,6 +81,7 @@ class CudaLaunchers:
         # Of the kernels whose blocks meet at a counter: zero between launches, so one set serves every launch
         # on a stream, and no two streams may share one.
         self._counters: dict[tuple[torch.device, int], Tensor] = {}
+        self._exchanges: dict[tuple, str | None] = {}
 
     def nf4_quantize(
         self,
@@ -120,9 +123,18 @@ class CudaLaunchers:
         """Of a device, as far as the library has code for it: 10 * major + minor."""
         return self._capability(device)
 
-    def clustered(self, device: torch.device) -> bool:
-        """Whether the slices of lora_linear_decode meet in a cluster on this device."""
-        return self._capability(device) >= 90
+    def decode_exchange(self, base: BaseWeight, rank: int) -> str | None:
+        """Where slices of K of lora_linear_decode meet, of a base that `why_not_fused` has nothing against.
+
+        CLUSTER or GLOBAL_MEMORY; None where K is too long for either, since a block holds a slice of x whole.
+        """
+        sizes = (base.out_features, base.in_features, rank, base.quantized)
+        key = (base.data.device, self._capability(base.data.device), *sizes)
+        if key not in self._exchanges:
+            ways = (CLUSTER, GLOBAL_MEMORY) if key[1] >= 90 else (GLOBAL_MEMORY,)
+            taken = (way for way in ways if self._decode_takes(base.data, *sizes, way == CLUSTER))
+            self._exchanges[key] = next(taken, None)
+        return self._exchanges[key]
 
     def why_not_fused(
         self, base: BaseWeight, dtype: torch.dtype, rank: int, *others: Tensor | None
@@ -132,8 +144,10 @@ class CudaLaunchers:
             return f"{dtype} is not a 16-bit type"
         if any(t is not None and t.dtype not in _COMPILED for t in others):
             return "an adapter or bias in float64"
-        sizes = (1, base.out_features, base.in_features, base.blocksize if base.quantized else 0, rank)
-        if not self._decode_takes(unit_columns(base.data), *sizes):
+        if not base.quantized and base.data.stride(-1) != 1:
+            return "columns of W0 do not lie beside each other, which torch's GEMM takes as it is"
+        sizes = (base.out_features, base.in_features, base.blocksize if base.quantized else 0, rank)
+        if not self._mixed_takes(base.data, *sizes):
             return (
                 "the fused kernels need K % 64 = 0, NF4 blocks of 64 or more that do not straddle rows, rows "
                 "that start on 16 bytes, and r <= 256"
@@ -151,7 +165,7 @@ class CudaLaunchers:
         y: Tensor,
         h: Tensor,
     ) -> None:
-        clustered = self.clustered(x.device)
+        clustered = self.decode_exchange(base, h.shape[1]) == CLUSTER
         sizes = (x.shape[0], base.out_features, base.in_features, h.shape[1], base.quantized, clustered)
         workspace, groups = self._decode_scratch(base.data, *sizes)
         status = self._decode(

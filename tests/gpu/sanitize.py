@@ -52,6 +52,7 @@ STEPS = (
     Step(2, 33, 64, 256, 0.0),  # lora_linear_decode
     Step(300, 70, 64, 8, 0.1),  # backward: lora_expand, nf4_dequantize of slabs
     Step(600, 33, 64, 8, 0.1),  # forward: lora_shrink beside nf4_dequantize
+    Step(600, 129, 64, 8, 0.1),  # and the LoRA term in the same GEMM
     Step(17, 37, 91, 5, 0.1),  # odd K
 )
 # T, N, K, ranks: ranks that differ; more adapters than a launch takes, most without a row.

@@ -12,7 +12,12 @@ from numerics import assert_accurate
 import lora_kernels as lk
 from lora_kernels import reference
 from lora_kernels.backends import cuda, native
-from lora_kernels.backends.cuda_launchers import MOST_DECODE_TOKENS, CudaLaunchers
+from lora_kernels.backends.cuda_launchers import (
+    CLUSTER,
+    GLOBAL_MEMORY,
+    MOST_DECODE_TOKENS,
+    CudaLaunchers,
+)
 from lora_kernels.base_weight import BaseWeight
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -58,6 +63,7 @@ PROBLEMS = (
     Problem(tokens=1, n=14336, k=4096),
 )
 ROUTES = ("counters", "clustered")
+EXCHANGES = {"counters": GLOBAL_MEMORY, "clustered": CLUSTER}
 
 
 def launchers(route: str, device: torch.device) -> CudaLaunchers:
@@ -108,12 +114,12 @@ class Case:
         return y, h
 
 
-def skip_where_not_taken(case: Case, by: CudaLaunchers, problem: Problem) -> None:
+def skip_where_not_taken(case: Case, by: CudaLaunchers, problem: Problem, route: str) -> None:
     """Only a GPU whose blocks have little shared memory may refuse one of PROBLEMS, and only for a long K."""
-    reason = by.why_not_fused(case.base, case.dtype, problem.rank, case.A, case.B, case.bias)
-    if reason is not None:
-        assert problem.k >= 1024 and cuda._capability(case.x.device) >= 100, reason
-        pytest.skip(f"this GPU does not take it: {reason}")
+    assert by.why_not_fused(case.base, case.dtype, problem.rank, case.A, case.B, case.bias) is None
+    if by.decode_exchange(case.base, problem.rank) != EXCHANGES[route]:
+        assert problem.k >= 1024 and cuda._capability(case.x.device) >= 100
+        pytest.skip(f"this GPU does not take it by {route}: K is too long for its blocks")
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -123,7 +129,7 @@ def test_every_class_of_problem_is_as_accurate_as_its_dtype(problem, dtype, rout
     """Small outputs are drawn several times over: the norm of few values says little."""
     by, draws = launchers(route, device), max(1, min(16, 2048 // (problem.tokens * problem.n)))
     cases = [Case(problem, dtype, device) for _ in range(draws)]
-    skip_where_not_taken(cases[0], by, problem)
+    skip_where_not_taken(cases[0], by, problem, route)
     versions = [(c.decode(by), c.expected(dtype), c.expected(torch.float64)) for c in cases]
     for i, name in enumerate(("y", "h")):
         out, eager, truth = (torch.cat([draw[v][i] for draw in versions]) for v in range(3))
@@ -167,7 +173,7 @@ def test_both_routes_agree_up_to_the_order_of_fp32_sums(problem, dtype, device):
 def test_repeated_launches_give_the_same_bits(problem, route, device):
     """Whatever block comes last: 200 launches in a row, none waited for."""
     case, by = Case(problem, torch.bfloat16, device), launchers(route, device)
-    skip_where_not_taken(case, by, problem)
+    skip_where_not_taken(case, by, problem, route)
     y, h = case.decode(by)
     for other_y, other_h in [case.decode(by) for _ in range(200)]:
         assert torch.equal(other_y, y) and torch.equal(other_h, h)

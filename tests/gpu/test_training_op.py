@@ -10,7 +10,9 @@ from numerics import LIMIT, relative_error
 from problems import DTYPES, NAMES, Case, check, draws_of
 
 import lora_kernels as lk
+from lora_kernels.backends import cuda
 from lora_kernels.backends.cuda import CROSSOVERS
+from lora_kernels.panels import JOINED
 
 pytestmark = pytest.mark.stand_in
 TOKENS = (1, 9, 16, 33, 256, 2048)
@@ -38,6 +40,16 @@ def test_every_number_of_tokens_and_rank(t, r, device, affordable):
 def test_every_dtype_with_and_without_dropout(t, dtype, p, device, affordable):
     affordable(t, N, K)
     check(device, t, N, K, 16, dtype=dtype, kind="gelu", p=p, draws=draws_of(t * N))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("r", [8, 100])
+def test_many_tokens_and_more_outputs_than_inputs(r, dtype, p, device):
+    """The LoRA term comes out of the product with W0: its GEMM waits for h, which another stream writes."""
+    base = lk.nf4_quantize(torch.randn(400, 192, dtype=dtype)).base_weight()
+    assert cuda._backend._way(base, 600, dtype, r) == JOINED
+    check(device, 600, 400, 192, r, dtype=dtype, kind="gelu", p=p)
 
 
 @pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "dense"])

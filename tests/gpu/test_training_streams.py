@@ -7,7 +7,11 @@ from problems import BatchedCase, Case
 
 from lora_kernels.backends.cuda import CROSSOVERS
 
-SIZES = ((4, 16), (40, 16), (300, 40), (600, 16))  # T, r: each route forward and backward
+# T, N, K, r: each route forward and backward; of panels the LoRA term before the product, and in it.
+SIZES = (
+    *((4, 520, 1024, 16), (40, 520, 1024, 16), (300, 520, 1024, 40)),
+    *((600, 520, 1024, 16), (600, 1056, 512, 16)),
+)
 ALL_FUSED = min(row.tokens for row in CROSSOVERS[1:])
 
 
@@ -20,11 +24,11 @@ def assert_same(results, wanted, t):
             assert relative_error(out, want.double()) <= LIMIT[want.dtype]
 
 
-@pytest.mark.parametrize("t, r", SIZES)
+@pytest.mark.parametrize("t, n, k, r", SIZES)
 @pytest.mark.parametrize("p", [0.0, 0.1])
-def test_a_second_stream_gives_the_same_bits(t, r, p, device):
+def test_a_second_stream_gives_the_same_bits(t, n, k, r, p, device):
     """While the first is busy with the same step: neither counters nor workspaces are shared."""
-    case = Case(device, t, 520, 1024, r, torch.bfloat16, p=p)
+    case = Case(device, t, n, k, r, torch.bfloat16, p=p)
     wanted = case.computed()
     torch.cuda.synchronize()
     side, results = torch.cuda.Stream(), []
@@ -37,10 +41,10 @@ def test_a_second_stream_gives_the_same_bits(t, r, p, device):
         assert_same(got, wanted, t)
 
 
-@pytest.mark.parametrize("t, r", SIZES)
-def test_a_hundred_steps_in_a_row_give_the_same_bits(t, r, device):
+@pytest.mark.parametrize("t, n, k, r", SIZES)
+def test_a_hundred_steps_in_a_row_give_the_same_bits(t, n, k, r, device):
     """Whatever block comes last at a counter; nothing is waited for in between."""
-    case = Case(device, t, 700, 1088, r, torch.bfloat16, p=0.1)
+    case = Case(device, t, n + 36, k, r, torch.bfloat16, p=0.1)
     wanted = case.computed()
     for got in [case.computed() for _ in range(100)]:
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
@@ -59,10 +63,10 @@ def captured(function):
     return graph, results
 
 
-@pytest.mark.parametrize("t, r", SIZES)
-def test_a_captured_step_computes_with_the_inputs_and_masks_of_the_replay(t, r, device):
+@pytest.mark.parametrize("t, n, k, r", SIZES)
+def test_a_captured_step_computes_with_the_inputs_and_masks_of_the_replay(t, n, k, r, device):
     """lora_shrink's second stream is forked and joined inside the capture."""
-    case = Case(device, t, 520, 1024, r, torch.bfloat16, p=0.1)
+    case = Case(device, t, n, k, r, torch.bfloat16, p=0.1)
     graph, results = captured(case.computed)
     for _ in range(3):
         for tensor in (case.x, case.dy, case.A, case.B):
