@@ -14,11 +14,12 @@ STEP, GLUE = f"{_CUDA}optim_step.cu", "lora_kernels/backends/cuda.py"
 
 SOME = "simt and (large_ranks or edge or few_tokens or 16_bit or dense or blocksize or sizes or unaligned)"
 LORA = f"tests/test_training_step.py -k test ; tests/test_lora_linear.py -k '{SOME}'"
-BATCHED = "tests/test_training_step.py -k adapters ; tests/test_lora_linear_batched.py -k simt"
+BATCHED = "tests/test_training_step.py -k adapters ; tests/test_lora_linear_batched.py -k 'simt or a_gpu'"
 # Tests of all variants at once have no simt in their names.
 OF_DROPOUT, OF_DEQUANTIZE, OF_QUANTIZE = (
     f"tests/test_{n}.py -k 'simt or every_'" for n in ("lora_dropout", "nf4_dequantize", "nf4_quantize")
 )
+ODD = "tests/test_lora_linear.py -k 'simt and odd_sizes'"
 STEPS = "tests/optim/test_steps.py -k simt"
 
 _OF_DECODE = [
@@ -243,7 +244,7 @@ _OF_LOW_RANK = [
         EXPAND,
         "static_cast<uint64_t>(row_of[half] * p.columns + col)",
         "static_cast<uint64_t>(row_of[half] * p.columns)",
-        LORA,
+        ODD,
     ),
     (
         "float32 pairs swapped",
@@ -288,7 +289,7 @@ _OF_DROPOUT = [
     ("dropout: of float32 a word for two", DROPOUT, "low & 2 ? bits.y", "low & 1 ? bits.y", OF_DROPOUT),
     ("dropout: the tail's first element", DROPOUT, "piece << place % 32", "piece", OF_DROPOUT),
     ("dropout: of a pair, the first's word", MASK, "if (second < threshold)", "if (first < threshold)", LORA),
-    ("dropout: beyond a third counter", MASK, "kept4(first / 4 + 2) << 8", "kept4(first / 4) << 8", LORA),
+    ("dropout: beyond a third counter", MASK, "kept4(first / 4 + 2) << 8", "kept4(first / 4) << 8", ODD),
 ]
 
 _OF_NF4 = [

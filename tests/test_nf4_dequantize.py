@@ -69,6 +69,18 @@ def test_a_region_is_that_part_of_the_whole(data, dtype, name):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_aligned_region_goes_into_part_of_a_larger_tensor(dtype, kernels):
+    """Whole rows and parts of them, starting on 16 bytes, as where W0 lies beside s·B in one matrix."""
+    weight = random_weight(9, 256, 64, True)
+    whole = reference.nf4_dequantize(*weight.base_weight()[:4], (9, 256), 64, dtype)
+    for row, cols in ((0, 256), (4, 256), (2, 64)):
+        buffer = torch.full((9 - row, cols + 24), float("nan"), dtype=dtype)
+        module().nf4_dequantize(weight.base_weight(), row, 256 - cols, buffer[:, 8 : 8 + cols])
+        assert torch.equal(buffer[:, 8 : 8 + cols], whole[row:, 256 - cols :])
+        assert bool(buffer[:, :8].isnan().all()) and bool(buffer[:, 8 + cols :].isnan().all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("blocksize", [32, 64, 256, 4096])
 def test_equals_bitsandbytes(dtype, blocksize, backend):
     functional = pytest.importorskip("bitsandbytes.functional")
