@@ -3,7 +3,7 @@
 //   out = T(codebook[nibble] * absmax[block]),  absmax[b] = dynamic_map[q[b]] * nested_absmax[b / 256] +
 //   offset
 //
-// Aligned kernel (K, col, cols and the row stride of out divisible by 16): a thread owns 16 consecutive
+// Aligned kernel (K, col and cols divisible by 16, rows of out on 16 bytes): a thread owns 16 consecutive
 // weights of one row, which lie in one block:
 //
 //     thread t:  8 bytes of codes ──lookup in a shared codebook──> 16 products ──round──> 2 (T of 16 bits) or
@@ -114,8 +114,9 @@ template <int kDtype>
 int dequantize(const lk_nf4_weight& w, const lk_region& r, void* out, int64_t out_stride, void* stream) {
   if (r.rows == 0 || r.cols == 0) return LK_OK;
   const bool aligned = r.in_features % kWeightsPerThread == 0 && r.col % kWeightsPerThread == 0 &&
-                       r.cols % kWeightsPerThread == 0 && out_stride % kWeightsPerThread == 0 &&
-                       aligned_to(out, 16) && aligned_to(w.packed, 8);
+                       r.cols % kWeightsPerThread == 0 &&
+                       out_stride * int64_t{sizeof(Element<kDtype>)} % 16 == 0 && aligned_to(out, 16) &&
+                       aligned_to(w.packed, 8);
   const int64_t work = r.rows * r.cols / (aligned ? kWeightsPerThread : 1);
   const int64_t blocks = (work + kThreads - 1) / kThreads, most = 1 << 20;
   const LaunchShape shape{static_cast<unsigned>(blocks < most ? blocks : most), 1, 1, kThreads, kSharedBytes};
