@@ -1,6 +1,6 @@
 """A regression check: this build against the stored baseline of this kind of machine.
 
-    python -m bench.compare [--update] [--repeats N]
+    python -m bench.compare [--update] [--repeats N] [--only TEXT]
 
 What is compared is, for each of a few calls, the median over interleaved rounds of its time divided by that
 of a dense float32 F.linear timed in the same round, which uses the same units of the machine: machines differ
@@ -14,8 +14,9 @@ The baseline, written by --update, is baseline.json in the folder of the machine
 call the ratios of several repeats. What counts of them is the mean of the second and third lowest (the lowest
 may be one whose yardstick was disturbed), and how far above the second lowest the median is: where half of
 the repeats lie apart, the speed of the machine itself changes. A call has become slower where its ratio
-exceeds the baseline's by more than THRESHOLD_SPREADS spreads and by more than LEAST_THRESHOLD, in each of
-ATTEMPTS measurements. One of which 10 % could not be told so is not judged.
+exceeds the baseline's by more than THRESHOLD_SPREADS spreads and by more than LEAST_THRESHOLD in all of
+ATTEMPTS measurements but one, since now and then it is the yardstick that is slowed. One of which 10 % could
+not be told so is not judged.
 
 Exit status: 0 no regression, 1 a regression, 2 no baseline of this kind of machine, or none that can be
 judged.
@@ -42,7 +43,10 @@ from bench.timing import interleaved_times
 from lora_kernels.backends import backend_for
 
 PROCESSES = 3  # of one measurement
-ATTEMPTS = 6  # a regression shows in all of them; a disturbance of the machine hardly does
+ATTEMPTS = 8
+GOOD = (
+    2  # of them that show no regression are enough: a disturbance of the machine hardly lasts through seven
+)
 PAUSE_S = 4.0  # before the second attempt, twice that before the third, ...: disturbances pass
 THRESHOLD_SPREADS = 3.0
 LEAST_THRESHOLD = 0.065
@@ -79,12 +83,14 @@ def excess(baseline: Statistic, ratio: float) -> float:
 def verdict(
     baseline: Statistic, measure: Callable[[], float], pause_s: float = PAUSE_S
 ) -> tuple[bool, list[float]]:
-    """Whether a call has become slower, and the excess of each attempt; the first good one ends it."""
+    """Whether a call has become slower, and the excess of each attempt; GOOD good ones end it."""
     seen: list[float] = []
+    good = 0
     for attempt in range(ATTEMPTS):
         time.sleep(attempt * pause_s)
         seen.append(excess(baseline, measure()))
-        if seen[-1] <= baseline.threshold:
+        good += seen[-1] <= baseline.threshold
+        if good == GOOD:
             return False, seen
     return True, seen
 
@@ -118,8 +124,9 @@ CASES = (
     Case(4096, 4096, 8, "step"),
     Case(4096, 4096, 128, "step"),
     Case(1536, 576, 64, "forward"),
-    Case(4096, 4096, 8, "dequantise"),
-    Case(1536, 576, 16, "quantise"),  # from a cache: a large one is as fast as its neighbours let memory be
+    # From a cache: a large one is as fast as its neighbours let memory be.
+    Case(1536, 576, 16, "dequantise"),
+    Case(1536, 576, 16, "quantise"),
 )
 
 
@@ -189,7 +196,7 @@ def update(path: Path, repeats: int, only: str) -> int:
     return 0
 
 
-def compare(path: Path) -> int:
+def compare(path: Path, only: str) -> int:
     if not path.exists():
         print(
             f"bench.compare: error: no baseline of this kind of machine ({path}); --update makes one",
@@ -198,7 +205,7 @@ def compare(path: Path) -> int:
         return 2
     stored = json.loads(path.read_text())["cases"]
     slower, judged = [], 0
-    for case in CASES:
+    for case in (case for case in CASES if only in str(case)):
         if str(case) not in stored:
             print(f"{case!s:<32} not in the baseline")
             continue
@@ -228,7 +235,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--results", type=Path, default=machine.ROOT / "bench" / "results", metavar="FOLDER")
     parser.add_argument("--update", action="store_true", help="measure and store the baseline instead")
     parser.add_argument("--measure", type=int, metavar="I", help="print the ratio of case I, measured here")
-    parser.add_argument("--only", default="", metavar="TEXT", help="of --update: cases whose name holds it")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only the calls whose name holds it")
     parser.add_argument("--repeats", type=int, default=9, help="of --update; default: %(default)s")
     arguments = parser.parse_args(argv)
     torch.manual_seed(0)
@@ -236,7 +243,9 @@ def main(argv: list[str]) -> int:
         print(ratio(make(CASES[arguments.measure])))
         return 0
     path = arguments.results.resolve() / machine.slug() / "baseline.json"
-    return update(path, arguments.repeats, arguments.only) if arguments.update else compare(path)
+    if arguments.update:
+        return update(path, arguments.repeats, arguments.only)
+    return compare(path, arguments.only)
 
 
 if __name__ == "__main__":
