@@ -3,9 +3,9 @@
     python tests/mutation_check.py [WORD ...]
 
 Each WORD chooses the mutation of that name, or those of files whose path it is in (csrc/cpu, csrc/cuda,
-lora_kernels); without one all run, about an hour and a half on two cores. Works on a copy of the repository in a
-temporary folder; CUDA kernels are judged on the host stand-in. Prints a line for each mutation; exits 1 if
-one survives, or none was chosen.
+lora_kernels); without one all run, about an hour and a half on two cores. Works on a copy of the repository
+in a temporary folder; CUDA kernels are judged on the host stand-in. Prints a line for each mutation; exits 1
+if one survives, or none was chosen.
 """
 
 import os
