@@ -44,9 +44,7 @@ from lora_kernels.backends import backend_for
 
 PROCESSES = 3  # of one measurement
 ATTEMPTS = 8
-GOOD = (
-    2  # of them that show no regression are enough: a disturbance of the machine hardly lasts through seven
-)
+GOOD = 2  # of them clear a call: a disturbance of the machine hardly lasts through seven
 PAUSE_S = 4.0  # before the second attempt, twice that before the third, ...: disturbances pass
 THRESHOLD_SPREADS = 3.0
 LEAST_THRESHOLD = 0.065

@@ -103,12 +103,14 @@ def contenders(ps: list[nn.Parameter], folder: str) -> dict[str, torch.optim.Opt
     elements = sum(p.numel() for p in ps)
     options = {"page_bytes": page_bytes_of(elements), "directory": folder}
     budget = int(RESIDENT * elements * STATE_BYTES)
-    whole = 2 * elements * STATE_BYTES + (64 << 20)  # without a budget a GPU keeps a few pages only
+    whole = {}  # without a budget a CPU keeps all pages, and a GPU a few
+    if ps[0].device.type == "cuda":
+        whole["resident_bytes"] = 2 * elements * STATE_BYTES + (64 << 20)
     found: dict[str, torch.optim.Optimizer] = {
         "torch fused": torch.optim.AdamW(ps, lr=LR, fused=True),
         "torch foreach": torch.optim.AdamW(ps, lr=LR, foreach=True),
-        "ours": lk.optim.PagedAdamW(ps, lr=LR, resident_bytes=whole),
-        "ours 8-bit": lk.optim.PagedAdamW8bit(ps, lr=LR, resident_bytes=whole),
+        "ours": lk.optim.PagedAdamW(ps, lr=LR, **whole),
+        "ours 8-bit": lk.optim.PagedAdamW8bit(ps, lr=LR, **whole),
         "ours paged": lk.optim.PagedAdamW(ps, lr=LR, resident_bytes=budget, **options),
         "ours 8-bit paged": lk.optim.PagedAdamW8bit(ps, lr=LR, resident_bytes=budget // 4, **options),
     }

@@ -36,7 +36,6 @@ constexpr int kChunks = kWarps * kStages * 16;
 constexpr int kUnit = 64;  // weights of a row that share a scale fragment
 constexpr int kMostSlices = 64;
 constexpr int kMostCluster = 8;  // slices that are the blocks of a cluster
-constexpr int kMostRank = 256;
 constexpr int64_t kMostShared = 96 << 10;  // sm_86 and 89 give a block 99 KiB; sm_80 and 90 have room for two
 static_assert(kChunks == 256, "the ring fills the gaps of the pair table");
 
