@@ -1,6 +1,6 @@
 """A regression check: this build against the stored baseline of this kind of machine.
 
-    python -m bench.compare [--update] [--repeats N] [--only TEXT]
+    python -m bench.compare [--update | --against FOLDER] [--repeats N] [--only TEXT]
 
 What is compared is, for each of a few calls, the median over interleaved rounds of its time divided by that
 of a dense float32 F.linear timed in the same round, which uses the same units of the machine: machines differ
@@ -24,7 +24,6 @@ judged.
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -35,12 +34,9 @@ from typing import NamedTuple
 
 import torch
 
-import lora_kernels as lk
-from bench import machine
-from bench.problem import Base, copy_nf4
-from bench.shapes import SCALING
+from bench import against, machine
+from bench.compare_calls import CASES, Case, make_dense, make_ours
 from bench.timing import interleaved_times
-from lora_kernels.backends import backend_for
 
 PROCESSES = 3  # of one measurement
 ATTEMPTS = 8
@@ -49,10 +45,7 @@ PAUSE_S = 4.0  # before the second attempt, twice that before the third, ...: di
 THRESHOLD_SPREADS = 3.0
 LEAST_THRESHOLD = 0.065
 MOST_THRESHOLD = 0.085  # a call whose spread asks for more is not judged: 10 % could not be told
-COPIES = 16  # of every weight: where memory happens to lie is worth a tenth of a call that only reads it
 BUDGET_S = 1.5  # of one process's measurement of one call
-# Lengthens each of our calls by this share of its own time: how bench/prove_compare.py plants a regression.
-PLANT = "LORA_KERNELS_BENCH_PLANT"
 
 
 class Statistic(NamedTuple):
@@ -93,73 +86,8 @@ def verdict(
     return True, seen
 
 
-def _slowed(call: Callable[[int], object], share: float) -> Callable[[int], object]:
-    def run(i: int) -> object:
-        start = time.perf_counter()
-        result = call(i)
-        end = time.perf_counter()
-        while time.perf_counter() - end < share * (end - start):
-            pass
-        return result
-
-    return run
-
-
-class Case(NamedTuple):
-    n: int
-    k: int
-    t: int
-    what: str  # forward, step (forward and backward), dequantise, quantise
-
-    def __str__(self) -> str:
-        return f"{self.what} {self.n}x{self.k} T={self.t}"
-
-
-CASES = (
-    Case(4096, 4096, 1, "forward"),
-    Case(4096, 4096, 16, "forward"),
-    Case(4096, 4096, 128, "forward"),
-    Case(4096, 4096, 8, "step"),
-    Case(4096, 4096, 128, "step"),
-    Case(1536, 576, 64, "forward"),
-    # From a cache: a large one is as fast as its neighbours let memory be.
-    Case(1536, 576, 16, "dequantise"),
-    Case(1536, 576, 16, "quantise"),
-)
-
-
-def make(case: Case) -> dict[str, Callable[[int], object]]:
-    """The call and the dense product it is held against."""
-    base = Base(case.n, case.k, torch.bfloat16, torch.device("cpu"))
-    dense = [base.dense().clone() for _ in range(COPIES)]
-    nf4 = [copy_nf4(base.nf4) for _ in range(COPIES)]
-    A, B = (m.clone().requires_grad_(case.what == "step") for m in (base.lora_A, base.lora_B))
-    x = torch.randn(case.t, case.k).bfloat16().requires_grad_(case.what == "step")
-    dy = torch.randn(case.t, case.n).bfloat16()
-    out = torch.empty_like(dense[0])
-    backend = backend_for(out.device)
-    # Into memory that is there: what a fresh output's pages cost is the kernel's business, and varies.
-    parts = lk.nf4_quantize(dense[0]).base_weight()
-    outputs = (parts.data, torch.empty(parts.absmax.shape), parts.absmax, parts.nested_absmax, parts.offset)
-
-    def forward(i: int) -> torch.Tensor:
-        return lk.lora_linear(x, nf4[i % COPIES], A, B, scaling=SCALING)
-
-    calls = {
-        "forward": forward,
-        "step": lambda i: torch.autograd.grad(forward(i), (x, A, B), dy),
-        "dequantise": lambda i: backend.nf4_dequantize(nf4[i % COPIES].base_weight(), 0, 0, out),
-        "quantise": lambda i: backend.nf4_quantize(dense[i % COPIES], 64, *outputs),
-    }
-    ours = calls[case.what]
-    planted = float(os.environ.get(PLANT, "0"))
-    if planted:
-        ours = _slowed(ours, planted)
-    flat, yardstick = x.detach().float(), [w.float() for w in dense]
-    return {"dense": lambda i: torch.nn.functional.linear(flat, yardstick[i % COPIES]), "ours": ours}
-
-
-def ratio(calls: dict[str, Callable[[int], object]]) -> float:
+def ratio(case: Case) -> float:
+    calls = {"dense": make_dense(case), "ours": make_ours(case)}
     times = interleaved_times(calls, BUDGET_S, rounds=(9, 400), pause_s=0)
     return statistics.median(a / b for a, b in zip(times["ours"], times["dense"], strict=True))
 
@@ -231,15 +159,24 @@ def compare(path: Path, only: str) -> int:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Compares this build with the stored baseline.")
     parser.add_argument("--results", type=Path, default=machine.ROOT / "bench" / "results", metavar="FOLDER")
-    parser.add_argument("--update", action="store_true", help="measure and store the baseline instead")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--update", action="store_true", help="measure and store the baseline instead")
+    instead.add_argument(
+        "--against",
+        type=Path,
+        metavar="FOLDER",
+        help="another checkout, built: compare with it instead of a baseline",
+    )
     parser.add_argument("--measure", type=int, metavar="I", help="print the ratio of case I, measured here")
     parser.add_argument("--only", default="", metavar="TEXT", help="only the calls whose name holds it")
     parser.add_argument("--repeats", type=int, default=9, help="of --update; default: %(default)s")
     arguments = parser.parse_args(argv)
     torch.manual_seed(0)
     if arguments.measure is not None:
-        print(ratio(make(CASES[arguments.measure])))
+        print(ratio(CASES[arguments.measure]))
         return 0
+    if arguments.against is not None:
+        return against.compare(arguments.against, arguments.only)
     path = arguments.results.resolve() / machine.slug() / "baseline.json"
     if arguments.update:
         return update(path, arguments.repeats, arguments.only)
