@@ -3,7 +3,8 @@
 #   make finetune   fine-tune a small language model on this machine, end to end   (ARGS="--steps 100 ...")
 #   make test       build, then run every test that needs no GPU                   (ARGS="-k nf4 ...")
 #   make bench      time the ops on this machine                                   (ARGS="--quick", "--goals")
-#   make bench-compare   fail where an op has become slower than the stored baseline (ARGS="--update" stores one)
+#   make bench-compare   fail where an op has become slower than in another checkout (ARGS="--against FOLDER"),
+#                        or than the stored baseline (ARGS="--update" stores one)
 #   make gpu        on a machine with a GPU, nvcc and torch: build, test, measure  (GPU_OUT=folder STAGES="tests tune")
 #   make lint       check the style;  make format mends it
 #

@@ -16,7 +16,7 @@ may be one whose yardstick was disturbed), and how far above the second lowest t
 the repeats lie apart, the speed of the machine itself changes. A call has become slower where its ratio
 exceeds the baseline's by more than THRESHOLD_SPREADS spreads and by more than LEAST_THRESHOLD in all of
 ATTEMPTS measurements but one, since now and then it is the yardstick that is slowed. One of which 10 % could
-not be told so is not judged.
+not be told so is not judged; where that is most of them, compare with another build (bench/against.py).
 
 Exit status: 0 no regression, 1 a regression, 2 no baseline of this kind of machine, or none that can be
 judged.
@@ -125,7 +125,8 @@ def update(path: Path, repeats: int, only: str) -> int:
 def compare(path: Path, only: str) -> int:
     if not path.exists():
         print(
-            f"bench.compare: error: no baseline of this kind of machine ({path}); --update makes one",
+            f"bench.compare: error: no baseline of this kind of machine ({path}); --update makes one, "
+            "--against compares with another checkout",
             file=sys.stderr,
         )
         return 2
@@ -150,14 +151,17 @@ def compare(path: Path, only: str) -> int:
         if worse:
             slower.append(str(case))
     if not judged:
-        print("bench.compare: error: no call can be judged on so noisy a machine", file=sys.stderr)
+        print(
+            "bench.compare: error: no call can be judged on so noisy a machine; --against can, by a checkout",
+            file=sys.stderr,
+        )
         return 2
     print(f"slower than the baseline: {', '.join(slower)}" if slower else "no regression")
     return 1 if slower else 0
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description="Compares this build with the stored baseline.")
+    parser = argparse.ArgumentParser(description="Compares this build with a baseline or another build.")
     parser.add_argument("--results", type=Path, default=machine.ROOT / "bench" / "results", metavar="FOLDER")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--update", action="store_true", help="measure and store the baseline instead")

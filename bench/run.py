@@ -3,7 +3,7 @@
 Instead: --goals measures the goals table against every peer (bench/goals.py), --all-shapes every shape and
 number of tokens (bench/all_shapes.py), --step a whole fine-tune step (bench/finetune_step.py), --optim the
 optimizers (bench/optim_step.py), --crossovers the fused kernels against panels (bench/crossovers.py);
---compare holds this build against the stored baseline (bench/compare.py).
+--compare holds this build against the stored baseline (bench/compare.py) or another build (bench/against.py).
 
 Raw numbers and table go to bench/results/<processor and cores>/<date>.json and .md. One thread for each
 core this process may use, bound to its core.
@@ -31,7 +31,15 @@ def main(argv: list[str]) -> int:
         "--all-shapes", action="store_true", help="every shape and number of tokens, against every peer"
     )
     parser.add_argument(
-        "--compare", action="store_true", help="this build against the stored baseline (bench/compare.py)"
+        "--compare",
+        action="store_true",
+        help="this build against the stored baseline (bench/compare.py), or another (--against)",
+    )
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="FOLDER",
+        help="of --compare: another checkout, built (bench/against.py)",
     )
     parser.add_argument(
         "--optim",
@@ -42,6 +50,8 @@ def main(argv: list[str]) -> int:
         "--crossovers", action="store_true", help="the fused kernels against panels around torch's GEMM"
     )
     arguments, rest = parser.parse_known_args(argv)
+    if arguments.against and not arguments.compare:
+        parser.error("--against is for --compare")
 
     sys.path.insert(0, str(ROOT))
     from bench import machine
@@ -59,7 +69,8 @@ def main(argv: list[str]) -> int:
     modules["crossovers"] = "bench.crossovers"
     module = next((name for flag, name in modules.items() if getattr(arguments, flag)), None)
     if module is not None:
-        where = ["--results", str(arguments.results)]
+        where = ["--results", str(arguments.results.resolve())]
+        where += ["--against", str(arguments.against.resolve())] if arguments.against else []
         return subprocess.run(
             [sys.executable, "-m", module, *where, *rest], cwd=ROOT, env=environment, check=False
         ).returncode
