@@ -6,13 +6,16 @@ NF4 with double quantisation, forward alone and forward + backward, bf16, r = 16
 also fp16, fp32, r = 8 and 64, and dropout 0.1. All contenders of a row work on the same matrix, adapter and
 inputs, over rotating copies, in rounds A B C A B C; each output is checked before it is timed, and a peer
 whose is wrong, or that fails, is left out. A row whose dense call
-would take over MOST_CALL_S is left out and says so, as does one for which no time was left. Prints a Markdown
-table of times relative to ours and writes it with the raw times to bench/results/<machine>/.
+would take over MOST_CALL_S is left out and says so, as does one for which no time was left. Every weight is
+measured in a process of its own: the largest need most of a machine's memory, and one that is out of it costs
+no other its rows. Prints a Markdown table of times relative to ours and writes it with the raw times to
+bench/results/<machine>/.
 """
 
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -168,7 +171,31 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
-def measure(setting: Setting, tokens: tuple[int, ...], deadline: float, say: Callable[[str], None]) -> list:
+def measure_apart(index: int, tokens: tuple[int, ...], deadline: float) -> list[dict]:
+    """The rows of a setting, measured in a process of its own."""
+    setting = list(settings())[index][0]
+
+    def nothing(why: str) -> list[dict]:
+        return [
+            {"setting": str(setting), "t": t, "mode": mode, "left_out": why}
+            for t in tokens
+            for mode in BUDGET_S
+        ]
+
+    left = deadline - time.monotonic()
+    if left <= 0:
+        return nothing("no time left")
+    print(setting, file=sys.stderr, flush=True)
+    options = ["--measure", str(index), "--tokens", ",".join(map(str, tokens)), "--minutes", str(left / 60)]
+    command = [sys.executable, "-m", "bench.all_shapes", *options]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode != 0:
+        killed = " (killed; out of memory?)" if done.returncode < 0 else ""
+        return nothing(f"its process ended with {done.returncode}{killed}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(setting: Setting, tokens: tuple[int, ...], deadline: float) -> list[dict]:
     """A dict for every row: its times, or why there are none."""
     rows: list[dict] = []
 
@@ -176,12 +203,6 @@ def measure(setting: Setting, tokens: tuple[int, ...], deadline: float, say: Cal
         row = {"setting": str(setting), "t": t, "mode": mode, **found}
         rows.append(row)
 
-    if time.monotonic() > deadline:
-        for t in tokens:
-            for mode in BUDGET_S:
-                add(t, mode, left_out="no time left")
-        return rows
-    say(str(setting))
     weight = Weight(setting)
     for t in tokens:
         x = torch.randn(t, setting.k).to(setting.dtype)
@@ -238,16 +259,24 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--shapes", default="", help="only these, as 4096x4096; default: all")
     parser.add_argument("--tokens", default="", help="only these; default: all")
     parser.add_argument("--minutes", type=float, default=40, help="default: %(default)s")
+    parser.add_argument("--measure", type=int, metavar="I", help="print the rows of setting I, measured here")
     arguments = parser.parse_args(argv)
     only = set(filter(None, arguments.shapes.split(",")))
     few = set(map(int, filter(None, arguments.tokens.split(","))))
     torch.manual_seed(0)
     deadline = time.monotonic() + 60 * arguments.minutes
+    if arguments.measure is not None:
+        setting, tokens = list(settings())[arguments.measure]
+        rows = measure(setting, tuple(t for t in tokens if t in few), deadline)
+        print(json.dumps(rows))
+        return 0
     rows: list[dict] = []
-    for setting, tokens in settings():
-        if not only or f"{setting.n}x{setting.k}" in only:
-            wanted = tuple(t for t in tokens if not few or t in few)
-            rows += measure(setting, wanted, deadline, lambda text: print(text, file=sys.stderr, flush=True))
+    for index, (setting, tokens) in enumerate(settings()):
+        wanted = tuple(t for t in tokens if not few or t in few)
+        if wanted and (not only or f"{setting.n}x{setting.k}" in only):
+            rows += measure_apart(index, wanted, deadline)
+    if not rows:
+        parser.error("no such shape, or no such number of tokens")
     about = machine.describe_cpu() | {"peers": peers.versions()}
     missing = {name: why for row in rows for name, why in row.get("missing", {}).items()}
     text = "\n".join(
