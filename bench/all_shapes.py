@@ -5,11 +5,10 @@
 NF4 with double quantisation, forward alone and forward + backward, bf16, r = 16, dropout 0; for 4096x4096
 also fp16, fp32, r = 8 and 64, and dropout 0.1. All contenders of a row work on the same matrix, adapter and
 inputs, over rotating copies, in rounds A B C A B C; each output is checked before it is timed, and a peer
-whose is wrong, or that fails, is left out. A row whose dense call
-would take over MOST_CALL_S is left out and says so, as does one for which no time was left. Every weight is
-measured in a process of its own: the largest need most of a machine's memory, and one that is out of it costs
-no other its rows. Prints a Markdown table of times relative to ours and writes it with the raw times to
-bench/results/<machine>/.
+whose is wrong, or that fails, is left out. A row whose dense call would take over MOST_CALL_S is left out and
+says so, as does one for which no time was left. Every weight is measured in a process of its own: the largest
+need most of a machine's memory, and one that is out of it costs no other its rows. Prints a Markdown table of
+times relative to ours and writes it with the raw times to bench/results/<machine>/.
 """
 
 import argparse
