@@ -30,9 +30,8 @@ from typing import BinaryIO
 import torch
 
 from bench.compare_calls import CASES, PLANT, Case, make_ours
+from bench.machine import ROOT
 from bench.timing import WAKE_S
-
-ROOT = Path(__file__).resolve().parent.parent
 
 SLOWER = math.log(1.1)  # what must be told from nothing
 LEAST_PAIRS, MOST_PAIRS = 5, 24

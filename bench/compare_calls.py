@@ -88,7 +88,7 @@ def _quantise(base: Base) -> Callable[[int], object]:
 
 
 def make_dense(case: Case) -> Callable[[int], object]:
-    """The float32 product that `ours` is held against."""
+    """The float32 product of the same shape, on the i-th copy of its weight."""
     x, weight = torch.randn(case.t, case.k), torch.randn(case.n, case.k) * case.k**-0.5
     weights = [weight.clone() for _ in range(COPIES)]
     return lambda i: torch.nn.functional.linear(x, weights[i % COPIES])
