@@ -102,8 +102,7 @@ def fresh_ratio(case: Case) -> float:
     return min(float(done.stdout.split()[-1]) for done in ran)
 
 
-def update(path: Path, repeats: int, only: str) -> int:
-    chosen = [case for case in CASES if only in str(case)]
+def update(path: Path, repeats: int, chosen: list[Case]) -> int:
     ratios: dict[str, list[float]] = {str(case): [] for case in chosen}
     for repeat in range(repeats):
         print(f"repeat {repeat + 1} of {repeats}", file=sys.stderr, flush=True)
@@ -122,7 +121,7 @@ def update(path: Path, repeats: int, only: str) -> int:
     return 0
 
 
-def compare(path: Path, only: str) -> int:
+def compare(path: Path, chosen: list[Case]) -> int:
     if not path.exists():
         print(
             f"bench.compare: error: no baseline of this kind of machine ({path}); --update makes one, "
@@ -132,7 +131,7 @@ def compare(path: Path, only: str) -> int:
         return 2
     stored = json.loads(path.read_text())["cases"]
     slower, judged = [], 0
-    for case in (case for case in CASES if only in str(case)):
+    for case in chosen:
         if str(case) not in stored:
             print(f"{case!s:<32} not in the baseline")
             continue
@@ -179,12 +178,15 @@ def main(argv: list[str]) -> int:
     if arguments.measure is not None:
         print(ratio(CASES[arguments.measure]))
         return 0
+    chosen = [case for case in CASES if arguments.only in str(case)]
+    if not chosen:
+        parser.error(f"no call's name holds {arguments.only!r}: {', '.join(map(str, CASES))}")
     if arguments.against is not None:
-        return against.compare(arguments.against, arguments.only)
+        return against.compare(arguments.against, chosen)
     path = arguments.results.resolve() / machine.slug() / "baseline.json"
     if arguments.update:
-        return update(path, arguments.repeats, arguments.only)
-    return compare(path, arguments.only)
+        return update(path, arguments.repeats, chosen)
+    return compare(path, chosen)
 
 
 if __name__ == "__main__":

@@ -86,16 +86,14 @@ def fake_build(folder: Path, text: str) -> Path:
 
 
 def test_a_build_that_cannot_be_measured_is_named(tmp_path, capsys):
-    assert against.compare(fake_build(tmp_path, "raise ImportError('built for another torch')"), "") == 2
+    assert against.compare(fake_build(tmp_path, "raise ImportError('built for another torch')"), CASES) == 2
     error = capsys.readouterr().err
     assert f"{tmp_path}: ImportError: built for another torch" in error and error.count("\n") == 1
 
 
-def test_a_folder_without_a_build_and_a_name_of_no_call(tmp_path, capsys):
-    assert against.compare(tmp_path, "") == 2
+def test_a_folder_without_a_build(tmp_path, capsys):
+    assert against.compare(tmp_path, CASES) == 2
     assert f"no lora_kernels with its libraries in {tmp_path}" in capsys.readouterr().err
-    assert against.compare(ROOT, "sideways") == 2
-    assert "no call's name holds 'sideways'" in capsys.readouterr().err
 
 
 def run(*options: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -114,8 +112,10 @@ def test_a_folder_is_relative_to_where_the_command_is_given(tmp_path):
     [
         (("--compare", "--update", "--against", "."), "not allowed with"),
         (("--against", "."), "--against is for --compare"),
+        (("--compare", "--only", "sideways"), "no call's name holds 'sideways'"),
+        (("--compare", "--against", ".", "--only", "sideways"), "no call's name holds 'sideways'"),
     ],
 )
-def test_options_that_exclude_each_other(options, message):
+def test_options_that_are_refused(options, message):
     done = run(*options)
     assert done.returncode == 2 and message in done.stderr
