@@ -226,6 +226,13 @@ MUTATIONS = [
         "term.left + (row + t) * term.inner + c * tile",
         T_LORA,
     ),
+    Mutation(
+        "long sums are dropped",
+        GEMM,
+        "{ total = first_total ? sum : total + sum; }",
+        "{ total = sum; }",
+        T_LORA + " -k long_inner",
+    ),
     Mutation("last panel", GEMM, "ceil_div(outputs, span);", "std::max<int64_t>(1, outputs / span);", T_LORA),
     Mutation(
         "dropout of another row",

@@ -89,6 +89,7 @@ void gemm(int64_t tokens, int64_t outputs, const Term* terms, int term_count, co
       scale_floats = std::max(scale_floats, static_cast<size_t>(kPanel * (m.cols / m.nf4->blocksize)));
     }
   }
+  const bool long_sums = inner > kLongSum;
   const bool columns_of_nf4 =
       terms[term_count - 1].right.matrix.nf4 && !terms[term_count - 1].right.rows_are_outputs;
   const int64_t span = columns_of_nf4 ? kGroup * kPanel : kPanel, spans = ceil_div(outputs, span);
@@ -98,19 +99,32 @@ void gemm(int64_t tokens, int64_t outputs, const Term* terms, int term_count, co
   const int64_t grain = std::max<int64_t>(1, kTaskWork / std::max<int64_t>(1, group_tokens * span * inner));
   const auto& kernels = gemm_kernels();
   parallel_for(spans * groups, grain, [&](int64_t begin, int64_t end) {
-    float* panels = scratch((kChunk + group_tokens) * span + scale_floats);
-    float* sums = panels + kChunk * span;  // [panel][token][kPanel]
-    float* scale_space = sums + group_tokens * span;
+    float* panels = scratch((kChunk + (long_sums ? 2 : 1) * group_tokens) * span + scale_floats);
+    float* scale_space = panels + kChunk * span;
+    float* sums = scale_space + scale_floats;    // [panel][token][kPanel]
+    float* totals = sums + group_tokens * span;  // likewise, of the long sums that are complete
     for (int64_t task = begin; task < end; ++task) {
       const auto [column, width, row, rows] = piece_of(task, groups, span, outputs, group_tokens, tokens);
       if (rows <= 0) continue;
       if (inner == 0) std::fill(sums, sums + group_tokens * span, 0.0f);
-      bool first = true;
+      const auto each_sum = [&, width = width, rows = rows](const auto& run) {
+        for (int64_t m = 0; m < width; m += kPanel) {
+          for (int64_t j = m * group_tokens; j < m * group_tokens + rows * kPanel; ++j)
+            run(sums[j], totals[j]);
+        }
+      };
+      bool first = true, first_total = true;
+      int64_t summed = 0;
       for (int i = 0; i < term_count; ++i) {
         const Term& term = terms[i];
         const float* scales = panel_scales(term.right, column, width, scale_space);
         for (int64_t c = 0; c < term.inner; c += kChunk) {
           const int64_t count = std::min(kChunk, term.inner - c);
+          if (summed >= kLongSum) {
+            each_sum([first_total](float sum, float& total) { total = first_total ? sum : total + sum; });
+            first = true, first_total = false, summed = 0;
+          }
+          summed += count;
           kernels.decode(term.right, column, width, c, count, scales, panels);
           for (int64_t m = 0; m < width; m += kPanel) {
             for (int64_t t = 0; t < rows; t += tile) {
@@ -123,6 +137,7 @@ void gemm(int64_t tokens, int64_t outputs, const Term* terms, int term_count, co
           first = false;
         }
       }
+      if (!first_total) each_sum([](float& sum, float total) { sum += total; });
       for (int64_t m = 0; m < width; m += kPanel) {
         kernels.store(output, row, rows, column + m, std::min(kPanel, width - m), sums + m * group_tokens);
       }
