@@ -27,6 +27,24 @@ struct Vec {
   static V broadcast(const float* p) { return _mm256_broadcast_ss(p); }
   static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
   static V add(V a, V b) { return _mm256_add_ps(a, b); }
+  static void transpose(const float* from, int64_t stride, float* to, int64_t to_stride) {
+    V a[8], b[8];
+    for (int i = 0; i < 4; ++i) {
+      const V x = load(from + 2 * i * stride), y = load(from + (2 * i + 1) * stride);
+      a[2 * i] = _mm256_unpacklo_ps(x, y), a[2 * i + 1] = _mm256_unpackhi_ps(x, y);
+    }
+    for (int i = 0; i < 8; i += 4) {
+      for (int j = 0; j < 2; ++j) {
+        b[i + 2 * j] = _mm256_shuffle_ps(a[i + j], a[i + j + 2], 0x44);
+        b[i + 2 * j + 1] = _mm256_shuffle_ps(a[i + j], a[i + j + 2], 0xee);
+      }
+    }
+    // b[i]: columns i and 4 + i of the first four rows, b[4 + i] of the others.
+    for (int i = 0; i < 4; ++i) {
+      store(to + i * to_stride, _mm256_permute2f128_ps(b[i], b[4 + i], 0x20));
+      store(to + (4 + i) * to_stride, _mm256_permute2f128_ps(b[i], b[4 + i], 0x31));
+    }
+  }
 };
 
 #include "gemm_kernels.h"

@@ -24,6 +24,8 @@
 namespace lk::cpu::avx512 {
 namespace {
 
+#include "transpose_avx512.h"
+
 struct Vec {
   using V = __m512;
   static constexpr int kLanes = 16, kRows = 12;
@@ -33,10 +35,15 @@ struct Vec {
   static V broadcast(const float* p) { return _mm512_set1_ps(*p); }
   static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
   static V add(V a, V b) { return _mm512_add_ps(a, b); }
+  static void transpose(const float* from, int64_t stride, float* to, int64_t to_stride) {
+    Rows r;
+    for (int i = 0; i < 16; ++i) r[i] = load(from + i * stride);
+    avx512::transpose(r);
+    for (int i = 0; i < 16; ++i) store(to + i * to_stride, r[i]);
+  }
 };
 
 #include "gemm_kernels.h"
-#include "transpose_avx512.h"
 
 // Up to 16 elements of a dense row from element `at`, zeros behind them.
 LK_INLINE __m512 load16(const Matrix& m, int64_t at, int64_t n) {
@@ -228,7 +235,7 @@ void decode_panels(const Right& right, int64_t output, int64_t width, int64_t in
 }
 
 void pack_rows(const Matrix& m, int64_t row, int64_t tokens, int64_t inner, float scale, float* packed) {
-  (m.nf4 == nullptr ? pack_tile_dense : pack_tile)(m, row, tokens, inner, scale, packed);
+  pack_tile_dense(m, row, tokens, inner, scale, packed);
 }
 
 }  // namespace

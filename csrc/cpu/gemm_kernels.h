@@ -2,32 +2,13 @@
 // inside its namespace and with the compiler set to its instruction set, after defining
 //
 //   struct Vec { using V; kLanes; kRows (tokens that fit in registers beside two columns of sums);
-//                zero(), load(p), store(p, v), broadcast(p), fma(a, b, c) = a*b + c }
+//                zero(), load(p), store(p, v), broadcast(p), fma(a, b, c) = a*b + c,
+//                transpose(from, stride, to, to_stride) of kLanes x kLanes floats }
 //
 // Conversions and decoding here are plain loops, which the compiler vectorises; an instruction set overrides
 // what it can do better.
 
-// ---- rows of a matrix as fp32 ----
-
-inline void dequantize_row(const lk_nf4_weight& w, int64_t first, int64_t n, float* to) {
-  for (int64_t i = 0; i < n;) {
-    const int64_t flat = first + i, block = flat / w.blocksize;
-    const int64_t stop = std::min(n, (block + 1) * w.blocksize - first);
-    const float scale = block_scale(w, block);
-    for (; i < stop; ++i) {
-      const uint8_t byte = w.packed[(first + i) / 2];
-      to[i] = nf4::kCodebook[(first + i) % 2 == 0 ? byte >> 4 : byte & 15] * scale;
-    }
-  }
-}
-
-// Elements [col, col + n) of a row.
-inline void load_row(const Matrix& m, int64_t row, int64_t col, int64_t n, float* to) {
-  if (m.nf4 != nullptr) return dequantize_row(*m.nf4, row * m.cols + col, n, to);
-  read_floats(m.data, m.dtype, row * m.stride + col, n, to);
-}
-
-// ---- packing and decoding ----
+// ---- packing ----
 
 inline void pack_tile(const Matrix& m, int64_t row, int64_t tokens, int64_t inner, float scale,
                       float* packed) {
@@ -35,33 +16,48 @@ inline void pack_tile(const Matrix& m, int64_t row, int64_t tokens, int64_t inne
   float rows[kTile][kColumns];
   for (int64_t c = 0; c < inner; c += kColumns) {
     const int64_t n = std::min(kColumns, inner - c);
-    for (int64_t t = 0; t < tokens; ++t) load_row(m, row + t, c, n, rows[t]);
+    for (int64_t t = 0; t < tokens; ++t) {
+      read_floats(m.data, m.dtype, (row + t) * m.stride + c, n, rows[t]);
+    }
     for (int64_t i = 0; i < n; ++i) {
       for (int64_t t = 0; t < tokens; ++t) packed[(c + i) * tokens + t] = rows[t][i] * scale;
     }
   }
 }
 
-inline void decode_panel(const Right& right, int64_t output, int64_t width, int64_t inner, int64_t count,
-                         float* panel) {
-  if (!right.rows_are_outputs) {
-    for (int64_t c = 0; c < count; ++c) {
-      load_row(right.matrix, inner + c, output, width, panel + c * kPanel);
-      std::fill(panel + c * kPanel + width, panel + (c + 1) * kPanel, 0.0f);
-    }
-    return;
-  }
-  alignas(64) float row[kChunk];
-  for (int64_t m = 0; m < kPanel; ++m) {
-    if (m < width) load_row(right.matrix, output + m, inner, count, row);
-    for (int64_t c = 0; c < count; ++c) panel[c * kPanel + m] = m < width ? row[c] : 0.0f;
+// ---- decoding ----
+
+// Rows [row, row + rows) x columns [col, col + cols) of a matrix as fp32.
+inline void load_rows(const Matrix& m, int64_t row, int64_t rows, int64_t col, int64_t cols, float* to,
+                      int64_t stride) {
+  if (m.nf4 != nullptr) return decode_weights(*m.nf4, {m.cols, row, rows, col, cols}, to, stride);
+  for (int64_t i = 0; i < rows; ++i) {
+    read_floats(m.data, m.dtype, (row + i) * m.stride + col, cols, to + i * stride);
   }
 }
 
 inline void decode(const Right& right, int64_t output, int64_t width, int64_t inner, int64_t count,
                    const float*, float* panels) {
-  for (int64_t m = 0; m < width; m += kPanel) {
-    decode_panel(right, output + m, std::min(kPanel, width - m), inner, count, panels + m * kChunk);
+  if (!right.rows_are_outputs) {
+    // Rows of all panels at once: the longer a run of codes, the less its blocks' tables weigh.
+    alignas(64) float row[kGroup * kPanel] = {};
+    for (int64_t c = 0; c < count; ++c) {
+      load_rows(right.matrix, inner + c, 1, output, width, row, 0);
+      for (int64_t m = 0; m < width; m += kPanel) {
+        std::copy_n(row + m, kPanel, panels + m * kChunk + c * kPanel);
+      }
+    }
+    return;
+  }
+  alignas(64) float rows[Vec::kLanes * kChunk];
+  for (int64_t m = 0; m < ceil_div(width, kPanel) * kPanel; m += Vec::kLanes) {
+    const int64_t real = std::clamp<int64_t>(width - m, 0, Vec::kLanes);
+    load_rows(right.matrix, output + m, real, inner, count, rows, kChunk);
+    std::fill(rows + real * kChunk, rows + Vec::kLanes * kChunk, 0.0f);
+    float* to = panels + m / kPanel * kPanel * kChunk + m % kPanel;
+    for (int64_t c = 0; c < count; c += Vec::kLanes) {  // behind the last there is room: kChunk rows
+      Vec::transpose(rows + c, kChunk, to + c * kPanel, kPanel);
+    }
   }
 }
 

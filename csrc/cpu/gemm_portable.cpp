@@ -19,6 +19,11 @@ struct Vec {
   static V broadcast(const float* p) { return V{*p, *p, *p, *p}; }
   static V fma(V a, V b, V c) { return a * b + c; }
   static V add(V a, V b) { return a + b; }
+  static void transpose(const float* from, int64_t stride, float* to, int64_t to_stride) {
+    for (int i = 0; i < kLanes; ++i) {
+      for (int j = 0; j < kLanes; ++j) to[i * to_stride + j] = from[j * stride + i];
+    }
+  }
 };
 
 #include "gemm_kernels.h"

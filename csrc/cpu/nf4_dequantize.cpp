@@ -218,11 +218,22 @@ bool streams(const lk_nf4_weight& w, const lk_region& r, const T* out, int64_t s
 #endif
 
 template <class T>
-int dequantize(const lk_nf4_weight& w, const lk_region& r, T* out, int64_t stride) {
-  auto rows = rows_portable<T>;
+using Rows = void (*)(const lk_nf4_weight&, const lk_region&, int64_t begin, int64_t end, T*, int64_t stride);
+
+template <class T>
+Rows<T> rows_kernel() {
 #if defined(__x86_64__)
-  if (isa() >= Isa::avx2) rows = rows_avx2<T>;
-  if (isa() >= Isa::avx512) rows = streams(w, r, out, stride) ? rows_avx512<true, T> : rows_avx512<false, T>;
+  if (isa() >= Isa::avx512) return rows_avx512<false, T>;
+  if (isa() >= Isa::avx2) return rows_avx2<T>;
+#endif
+  return rows_portable<T>;
+}
+
+template <class T>
+int dequantize(const lk_nf4_weight& w, const lk_region& r, T* out, int64_t stride) {
+  auto rows = rows_kernel<T>();
+#if defined(__x86_64__)
+  if (isa() >= Isa::avx512 && streams(w, r, out, stride)) rows = rows_avx512<true, T>;
 #endif
   const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, r.cols));
   parallel_for(r.rows, grain, [&](int64_t begin, int64_t end) { rows(w, r, begin, end, out, stride); });
@@ -230,6 +241,11 @@ int dequantize(const lk_nf4_weight& w, const lk_region& r, T* out, int64_t strid
 }
 
 }  // namespace
+
+void decode_weights(const lk_nf4_weight& w, const lk_region& region, float* out, int64_t stride) {
+  rows_kernel<float>()(w, region, 0, region.rows, out, stride);
+}
+
 }  // namespace lk::cpu
 
 extern "C" int lk_cpu_nf4_dequantize(const lk_nf4_weight* weight, const lk_region* region, void* out,
