@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 from mutations_bf16 import BF16_MUTATIONS  # noqa: E402
 from mutations_cuda import CUDA_MUTATIONS  # noqa: E402
 from mutations_optim import OPTIM_MUTATIONS  # noqa: E402
+from mutations_uneven import UNEVEN_MUTATIONS  # noqa: E402
 
 
 class Mutation(NamedTuple):
@@ -288,16 +289,16 @@ MUTATIONS = [
     Mutation(
         "few tokens, block of 64",
         FEW,
-        "_mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1)",
-        "_mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1)",
+        "_mm512_setr_epi32(0, 8, 16, 24, 32, 40, 48, 56, 64,",
+        "_mm512_setr_epi32(0, 8, 16, 24, 32, 40, 48, 64, 64,",
         T_LORA,
     ),
-    Mutation("few tokens, planes", FEW, "x[line + 8 * lane + j]", "x[line + 8 * lane + (j ^ 1)]", T_LORA),
+    Mutation("few tokens, planes", FEW, "line + 8 * lane + j;", "line + 8 * lane + (j ^ 1);", T_LORA),
     Mutation(
         "few tokens, last rows of W0",
         FEW,
         "i < rows ? dy[t * n + row + i] : 0.0f",
-        "dy[t * n + row + real]",
+        "dy[t * n + row + std::min(i, rows - 1)]",
         T_LORA,
     ),
     Mutation("few tokens, odd last row", FEW, "i < kPair && n + i < end", "i < kPair && n + 1 < end", T_LORA),
@@ -447,7 +448,7 @@ MUTATIONS = [
     Mutation(
         "scales cast", LINEAR, "if tensor is not None and now.dtype != tensor.dtype:", "if False:", T_LINEAR
     ),
-    *(Mutation(*m) for m in (*BF16_MUTATIONS, *OPTIM_MUTATIONS, *CUDA_MUTATIONS)),
+    *(Mutation(*m) for m in (*BF16_MUTATIONS, *UNEVEN_MUTATIONS, *OPTIM_MUTATIONS, *CUDA_MUTATIONS)),
 ]
 
 

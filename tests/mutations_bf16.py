@@ -35,8 +35,8 @@ _DECODED = [
     (
         "two rows share a scale",
         DECODING,
-        "scaled_codebook(other)",
-        "scaled_codebook(block_scale(*m.nf4, block))",
+        "bf16_table(block_scale(*m.nf4, block), other)",
+        "bf16_table(block_scale(*m.nf4, block), block_scale(*m.nf4, block))",
         EDGES,
     ),
     ("nibbles in the wrong order", DECODING, "_mm512_set1_epi32(4));", "_mm512_set1_epi32(4 << 16));", EDGES),

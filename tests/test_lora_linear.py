@@ -248,8 +248,8 @@ def test_dense_base(dtype, kernels):
 @pytest.mark.parametrize("kind", ["magnitudes", "gelu"])
 def test_long_inner_dimensions(dtype, kind, kernels):
     """K = 14336 and, for dx, N = 14336: several panels and slabs, and sums long enough to show a bias."""
-    # An element's largest error in float32 varies; of several draws together it is steady. The kernels' is 0.7
-    # to 1.0 times eager's; without the totals of kLongSum (csrc/cpu/gemm.h) dx's was 1.5 to 3 times.
+    # An element's largest error in float32 varies; of several draws together it is steady. The kernels' is
+    # 0.7 to 1.0 times eager's; without the totals of kLongSum (csrc/cpu/gemm.h) dx's was 1.5 to 3 times.
     draws = 3 if dtype == torch.float32 else 1
     for shape in ((64, 80, 14336, 8), (64, 14336, 80, 8)):
         check(*shape, dtype=dtype, kind=kind, as_eager=kernels in ROUNDS_WEIGHTS, draws=draws)

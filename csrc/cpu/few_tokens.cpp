@@ -1,6 +1,7 @@
-// For T <= 4 tokens. A cache line of a row's codes is one register: 128 weights, dword l of which holds those
-// of columns 8l..8l+7. Eight shifts and permutes give eight registers of weights, register j of them columns
-// j, 8+j, 16+j, ...; so x is laid out in that order first ("planes") and nothing is shuffled in the loop:
+// For T <= 4 tokens. 64 bytes of a row's codes, a line, are one register: 128 weights, dword l of which holds
+// those of columns 8l..8l+7, which lie in one block. Eight shifts and permutes give eight registers of
+// weights, register j of them columns j, 8+j, 16+j, ...; so x is laid out in that order first ("planes") and
+// nothing is shuffled in the loop:
 //
 //   forward    a thread owns rows n:    y[t, n] = Σ_lines scale ⊙ Σ_j w_j ⊙ x[t, line, j]
 //   backward   a thread owns lines:     sums[t, line, j] += Σ_n (dy[t, n]·scale) ⊙ w_j, four rows at a time
@@ -23,16 +24,11 @@
 #endif
 
 namespace lk::cpu {
-namespace {
-
-constexpr int64_t kLine = 128;  // weights to a cache line of codes
-
-}  // namespace
 
 bool few_tokens(int64_t tokens, const Matrix& weight) {
 #if defined(__x86_64__)
   return tokens > 0 && tokens <= kFewTokens && isa() >= Isa::avx512 && weight.nf4 != nullptr &&
-         weight.cols > 0 && weight.cols % kLine == 0 && blocks_fit_rows(weight);
+         weight.cols > 0 && weight.cols % 8 == 0;
 #else
   (void)tokens, (void)weight;
   return false;
@@ -98,17 +94,42 @@ LK_INLINE __m512 weights(__m512i codes, int j, __m512 table) {
   return _mm512_permutexvar_ps(_mm512_srli_epi32(codes, static_cast<unsigned>(nibble_shift(j))), table);
 }
 
-// The scales of the 16 dwords of line `line` of a row, from those of its blocks.
-LK_INLINE __m512 line_scales(const float* scales, int64_t line, int shift) {
-  const float* at = scales + (line * kLine >> shift);
-  if (shift >= 7) return _mm512_set1_ps(*at);
-  if (shift == 6) {
-    const __m512i which = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
-    return _mm512_permutexvar_ps(
-        which, _mm512_castsi512_ps(_mm512_set1_epi64(*reinterpret_cast<const long long*>(at))));
+// Where a row (or a part of one) starts, `start` weights behind the start of the block of its first scale.
+struct Scales {
+  const float* first;
+  int64_t start;
+  int shift;
+
+  // The block of each dword of a line, counted from that in which the line starts.
+  LK_INLINE __m512i of_dwords(int64_t line) const {
+    const int behind = static_cast<int>((start + line * kLine) & ((1 << shift) - 1));
+    const __m512i dword = _mm512_setr_epi32(0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120);
+    return _mm512_srl_epi32(_mm512_add_epi32(dword, _mm512_set1_epi32(behind)), _mm_cvtsi32_si128(shift));
   }
-  const __m512i which = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-  return _mm512_permutexvar_ps(which, _mm512_broadcast_f32x4(_mm_loadu_ps(at)));
+  // The scales of the dwords of a line. `which`: of_dwords(0), which is that of every line unless blocks are
+  // longer than a line.
+  LK_INLINE __m512 of_line(int64_t line, __m512i which) const {
+    if (1 << shift > kLine) which = of_dwords(line);
+    const float* at = first + ((start + line * kLine) >> shift);
+    return _mm512_permutexvar_ps(which, _mm512_castps256_ps512(_mm256_loadu_ps(at)));  // up to five
+  }
+};
+
+// Decodes the scales of the weights [flat, flat + count), `space` has room for, and zeros behind them.
+LK_INLINE Scales decode_scales_of(const Matrix& m, int64_t flat, int64_t count, float* space) {
+  const int shift = blocksize_shift(m);
+  const int64_t block = flat >> shift, blocks = ((flat + count - 1) >> shift) - block + 1;
+  decode_scales(*m.nf4, block, blocks, space);
+  std::fill_n(space + blocks, kScalesBehind, 0.0f);
+  return {space, flat - (block << shift), shift};
+}
+
+// Line `line` of `count` weights from `packed` on; codes 0 behind the last.
+LK_INLINE __m512i load_line(const uint8_t* packed, int64_t line, int64_t count) {
+  const int64_t bytes = (count - line * kLine) / 2;
+  const uint8_t* from = packed + line * kLine / 2;
+  if (bytes >= 64) return _mm512_loadu_si512(from);
+  return _mm512_maskz_loadu_epi8((__mmask64{1} << bytes) - 1, from);
 }
 
 LK_INLINE __mmask16 first_lanes(int64_t n) {
@@ -125,11 +146,14 @@ LK_INLINE __m512 load16(const Matrix& m, int64_t at, int64_t n) {
 
 // ---- forward ----
 
-// x [K] -> planes [line][j][lane] = x[128·line + 8·lane + j]
+// x [K] -> planes [line][j][lane] = x[128·line + 8·lane + j], zeros behind the last.
 void to_planes(const float* x, int64_t k, float* planes) {
   for (int64_t line = 0; line < k; line += kLine) {
     for (int64_t j = 0; j < 8; ++j) {
-      for (int64_t lane = 0; lane < 16; ++lane) planes[line + 16 * j + lane] = x[line + 8 * lane + j];
+      for (int64_t lane = 0; lane < 16; ++lane) {
+        const int64_t c = line + 8 * lane + j;
+        planes[line + 16 * j + lane] = c < k ? x[c] : 0.0f;
+      }
     }
   }
 }
@@ -141,10 +165,10 @@ constexpr int kPair = 2;
 template <int T>
 void forward_rows(const Matrix& w, const float* planes, const float* h, const Matrix& lora_B, const Output& y,
                   int64_t begin, int64_t end) {
-  const int shift = std::countr_zero(static_cast<uint64_t>(w.nf4->blocksize));
-  const int64_t k = w.cols, blocks = k >> shift, r = lora_B.cols;
+  const int64_t k = w.cols, r = lora_B.cols, stride = padded(k, kLine);
+  const int64_t most = kMostBlocks * w.nf4->blocksize;  // weights of a row at a time
   const __m512 table = codebook();
-  alignas(64) float scales[kPair][kMostBlocks + 16];
+  alignas(64) float space[kPair][kMostBlocks + 2 + kScalesBehind];
   for (int64_t n = begin; n < end; n += kPair) {
     const int64_t rows[kPair] = {n, std::min(n + 1, end - 1)};  // an odd last row is computed twice
     __m512 sum[kPair][T];
@@ -153,22 +177,26 @@ void forward_rows(const Matrix& w, const float* planes, const float* h, const Ma
 #pragma GCC unroll 4
       for (int t = 0; t < T; ++t) sum[i][t] = _mm512_setzero_ps();
     }
-    for (int64_t first = 0; first < blocks; first += kMostBlocks) {
-      const int64_t count = std::min(kMostBlocks, blocks - first), at = first << shift;
+    for (int64_t first = 0; first < k; first += most) {
+      const int64_t count = std::min(most, k - first);
       const uint8_t* packed[kPair];
+      Scales scales[kPair];
+      __m512i which[kPair];
+#pragma GCC unroll 2
       for (int i = 0; i < kPair; ++i) {
-        decode_scales(*w.nf4, rows[i] * blocks + first, count, scales[i]);
-        packed[i] = w.nf4->packed + (rows[i] * k + at) / 2;
+        const int64_t flat = flat_index(w, rows[i], first);
+        scales[i] = decode_scales_of(w, flat, count, space[i]);
+        which[i] = scales[i].of_dwords(0);
+        packed[i] = w.nf4->packed + flat / 2;
       }
-      const int64_t lines = (count << shift) / kLine;
-      for (int64_t line = 0; line < lines; ++line) {
+      for (int64_t line = 0; line * kLine < count; ++line) {
         __m512i codes[kPair];
         __m512 part[kPair][T];
 #pragma GCC unroll 2
         for (int i = 0; i < kPair; ++i) {
-          const uint8_t* from = packed[i] + line * kLine / 2;
-          codes[i] = _mm512_loadu_si512(from);
-          _mm_prefetch(reinterpret_cast<const char*>(from + kPair * k / 2), _MM_HINT_T0);
+          codes[i] = load_line(packed[i], line, count);
+          _mm_prefetch(reinterpret_cast<const char*>(packed[i] + line * kLine / 2 + kPair * k / 2),
+                       _MM_HINT_T0);
         }
 #pragma GCC unroll 8
         for (int j = 0; j < 8; ++j) {
@@ -177,7 +205,7 @@ void forward_rows(const Matrix& w, const float* planes, const float* h, const Ma
           for (int i = 0; i < kPair; ++i) value[i] = weights(codes[i], j, table);
 #pragma GCC unroll 4
           for (int t = 0; t < T; ++t) {
-            const __m512 xs = _mm512_loadu_ps(planes + t * k + at + line * kLine + 16 * j);
+            const __m512 xs = _mm512_loadu_ps(planes + t * stride + first + line * kLine + 16 * j);
 #pragma GCC unroll 2
             for (int i = 0; i < kPair; ++i) {
               part[i][t] = j == 0 ? _mm512_mul_ps(value[i], xs) : _mm512_fmadd_ps(value[i], xs, part[i][t]);
@@ -186,7 +214,7 @@ void forward_rows(const Matrix& w, const float* planes, const float* h, const Ma
         }
 #pragma GCC unroll 2
         for (int i = 0; i < kPair; ++i) {
-          const __m512 scale = line_scales(scales[i], line, shift);
+          const __m512 scale = scales[i].of_line(line, which[i]);
 #pragma GCC unroll 4
           for (int t = 0; t < T; ++t) sum[i][t] = _mm512_fmadd_ps(part[i][t], scale, sum[i][t]);
         }
@@ -212,30 +240,39 @@ void forward_rows(const Matrix& w, const float* planes, const float* h, const Ma
 
 // ---- backward ----
 
-// sums [T][lines][8][16] of the lines [line, line + lines) over the rows [begin, end) of W0.
+// Of a task: 512 bytes of codes of a row, 4 KiB of sums a token.
+constexpr int64_t kLinesAtOnce = 8;
+
+// sums [T][lines][8][16] of the lines [line, line + lines) over the rows [begin, end) of W0; anything behind
+// the last column.
 template <int T>
 void backward_lines(const Matrix& w, const float* dy, int64_t begin, int64_t end, int64_t line, int64_t lines,
                     float* sums) {
-  const int shift = std::countr_zero(static_cast<uint64_t>(w.nf4->blocksize));
-  const int64_t k = w.cols, n = w.rows, blocks = k >> shift;
-  const int64_t first = line * kLine >> shift, count = std::max<int64_t>(1, lines * kLine >> shift);
+  const int64_t k = w.cols, n = w.rows, first = line * kLine, count = std::min(lines * kLine, k - first);
   const __m512 table = codebook();
-  alignas(64) float scales[kRows][kMostBlocks + 16];
+  alignas(64) float space[kRows][kLinesAtOnce * kLine / 32 + 2 + kScalesBehind];
   std::fill(sums, sums + T * lines * kLine, 0.0f);
   for (int64_t row = begin; row < end; row += kRows) {
     const int rows = static_cast<int>(std::min(kRows, end - row));
-    for (int i = 0; i < rows; ++i) decode_scales(*w.nf4, (row + i) * blocks + first, count, scales[i]);
+    const uint8_t* packed[kRows];
+    Scales scales[kRows];
+    __m512i which[kRows];
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) {  // a row that is not there is the last one, and counts zero times
+      const int64_t flat = flat_index(w, row + std::min(i, rows - 1), first);
+      packed[i] = w.nf4->packed + flat / 2;
+      scales[i] = decode_scales_of(w, flat, count, space[i]);
+      which[i] = scales[i].of_dwords(0);
+    }
     for (int64_t l = 0; l < lines; ++l) {
-      const uint8_t* packed = w.nf4->packed + (row * k + (line + l) * kLine) / 2;
       __m512i codes[kRows];
       __m512 factor[kRows][T];
 #pragma GCC unroll 4
-      for (int i = 0; i < kRows; ++i) {  // a row that is not there counts zero times
-        const int real = std::min(i, rows - 1);
-        const uint8_t* from = packed + real * k / 2;
-        codes[i] = _mm512_loadu_si512(from);
-        _mm_prefetch(reinterpret_cast<const char*>(from + 2 * kRows * k / 2), _MM_HINT_T0);
-        const __m512 scale = line_scales(scales[real], l, shift);
+      for (int i = 0; i < kRows; ++i) {
+        codes[i] = load_line(packed[i], l, count);
+        _mm_prefetch(reinterpret_cast<const char*>(packed[i] + l * kLine / 2 + 2 * kRows * k / 2),
+                     _MM_HINT_T0);
+        const __m512 scale = scales[i].of_line(l, which[i]);
 #pragma GCC unroll 4
         for (int t = 0; t < T; ++t) {
           factor[i][t] = _mm512_mul_ps(scale, _mm512_set1_ps(i < rows ? dy[t * n + row + i] : 0.0f));
@@ -259,19 +296,16 @@ void backward_lines(const Matrix& w, const float* dy, int64_t begin, int64_t end
   }
 }
 
-// Of a task: 512 bytes of codes of a row, 4 KiB of sums a token.
-constexpr int64_t kLinesAtOnce = 8;
-
 void finish_lines(int64_t tokens, int64_t line, int64_t lines, const float* sums, const float* g,
                   const Matrix& lora_A, const Dropout& dropout, const Output& dx) {
-  const int64_t cols = lines * kLine, first = line * kLine, r = lora_A.rows;
+  const int64_t first = line * kLine, r = lora_A.rows, cols = std::min(lines * kLine, dx.stride - first);
   alignas(64) float low[kLinesAtOnce * kLine];
   for (int64_t t = 0; t < tokens; ++t) {
-    std::fill(low, low + cols, 0.0f);
+    std::fill(low, low + lines * kLine, 0.0f);
     for (int64_t i = 0; i < r; ++i) {
       const __m512 factor = _mm512_set1_ps(g[t * r + i]);
       for (int64_t c = 0; c < cols; c += 16) {
-        const __m512 a = load16(lora_A, i * lora_A.stride + first + c, 16);
+        const __m512 a = load16(lora_A, i * lora_A.stride + first + c, cols - c);
         _mm512_store_ps(low + c, _mm512_fmadd_ps(a, factor, _mm512_load_ps(low + c)));
       }
     }
@@ -281,7 +315,7 @@ void finish_lines(int64_t tokens, int64_t line, int64_t lines, const float* sums
     }
     for (int64_t c = 0; c < cols; ++c) {
       const int64_t plane = c / kLine * kLine + c % 8 * 16 + c % kLine / 8;
-      low[c] += sums[t * cols + plane];
+      low[c] += sums[t * lines * kLine + plane];
     }
     write_floats(low, cols, dx.data, dx.dtype, t * dx.stride + first);
   }
@@ -291,12 +325,13 @@ void finish_lines(int64_t tokens, int64_t line, int64_t lines, const float* sums
 
 void few_tokens_forward(int64_t tokens, const float* x, const Matrix& weight, const float* h,
                         const Matrix& lora_B, const Output& y, float* x_space) {
-  for (int64_t t = 0; t < tokens; ++t) to_planes(x + t * weight.cols, weight.cols, x_space + t * weight.cols);
+  const int64_t k = weight.cols, stride = padded(k, kLine);
+  for (int64_t t = 0; t < tokens; ++t) to_planes(x + t * k, k, x_space + t * stride);
   const auto rows = tokens == 1   ? forward_rows<1>
                     : tokens == 2 ? forward_rows<2>
                     : tokens == 3 ? forward_rows<3>
                                   : forward_rows<4>;
-  const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 17) / weight.cols);
+  const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 17) / k);
   parallel_for(weight.rows, grain,
                [&](int64_t begin, int64_t end) { rows(weight, x_space, h, lora_B, y, begin, end); });
 }
@@ -307,8 +342,8 @@ void few_tokens_backward(int64_t tokens, const float* dy, const Matrix& weight, 
                    : tokens == 2 ? backward_lines<2>
                    : tokens == 3 ? backward_lines<3>
                                  : backward_lines<4>;
-  const int64_t all = weight.cols / kLine, n = weight.rows;
-  parallel_for((all + kLinesAtOnce - 1) / kLinesAtOnce, 1, [&](int64_t begin, int64_t end) {
+  const int64_t all = ceil_div(weight.cols, kLine), n = weight.rows;
+  parallel_for(ceil_div(all, kLinesAtOnce), 1, [&](int64_t begin, int64_t end) {
     alignas(64) float part[kFewTokens * kLinesAtOnce * kLine], sums[kFewTokens * kLinesAtOnce * kLine];
     for (int64_t task = begin; task < end; ++task) {
       const int64_t line = task * kLinesAtOnce, lines = std::min(kLinesAtOnce, all - line);

@@ -1,11 +1,12 @@
 // lora_linear and dx for so few tokens that the time goes into decoding W0 rather than into products: NF4
-// with rows of whole cache lines of codes and whole blocks, AVX-512.
+// whose rows are whole dwords of codes, AVX-512.
 #pragma once
 #include "gemm.h"
 
 namespace lk::cpu {
 
 constexpr int64_t kFewTokens = 4;
+constexpr int64_t kLine = 128;  // weights to a cache line of codes
 
 // Whether these kernels take the product.
 bool few_tokens(int64_t tokens, const Matrix& weight);
@@ -14,7 +15,7 @@ bool few_tokens(int64_t tokens, const Matrix& weight);
 void few_tokens_rows(const Matrix& matrix, float scale, const Dropout& dropout, float* out);
 
 // y [tokens, N] = x·W0ᵀ + h·Bᵀ + bias. x [tokens, K] and h [tokens, r] fp32, contiguous, h scaled already;
-// x_space: as many floats as x.
+// x_space: as many floats as x has when its rows are filled up to whole lines.
 void few_tokens_forward(int64_t tokens, const float* x, const Matrix& weight, const float* h,
                         const Matrix& lora_B, const Output& y, float* x_space);
 

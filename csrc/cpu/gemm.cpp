@@ -33,9 +33,18 @@ void pack_dropped(const Matrix& m, int64_t row, int64_t tokens, int64_t inner, f
 
 const float* panel_scales(const Right& right, int64_t output, int64_t width, float* to) {
   const Matrix& m = right.matrix;
-  if (m.nf4 == nullptr || !right.rows_are_outputs || !blocks_fit_rows(m)) return nullptr;
-  const int64_t blocks = m.cols / m.nf4->blocksize;
-  decode_scales(*m.nf4, output * blocks, width * blocks, to);
+  if (m.nf4 == nullptr || !right.rows_are_outputs) return nullptr;
+  const int64_t blocks = row_blocks(m);
+  if (blocks_fit_rows(m)) {
+    decode_scales(*m.nf4, output * blocks, width * blocks, to);
+    return to;
+  }
+  const int shift = blocksize_shift(m);
+  for (int64_t i = 0; i < width && m.cols > 0; ++i) {
+    const int64_t first = flat_index(m, output + i, 0) >> shift;
+    const int64_t last = flat_index(m, output + i, m.cols - 1) >> shift;
+    decode_scales(*m.nf4, first, last - first + 1, to + i * blocks);
+  }
   return to;
 }
 
@@ -86,7 +95,7 @@ void gemm(int64_t tokens, int64_t outputs, const Term* terms, int term_count, co
     inner += terms[i].inner;
     const Matrix& m = terms[i].right.matrix;
     if (m.nf4 != nullptr) {
-      scale_floats = std::max(scale_floats, static_cast<size_t>(kPanel * (m.cols / m.nf4->blocksize)));
+      scale_floats = std::max(scale_floats, static_cast<size_t>(kPanel * row_blocks(m) + kScalesBehind));
     }
   }
   const bool long_sums = inner > kLongSum;

@@ -18,6 +18,7 @@
 // number of threads: within a chunk in order of c, then over chunks and terms, kLongSum at a time.
 #pragma once
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 
 #include "../api.h"
@@ -40,6 +41,7 @@ constexpr int64_t kGroup = 4;
 constexpr int64_t kTaskWork = 1 << 18;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t padded(int64_t n, int64_t unit) { return ceil_div(n, unit) * unit; }
 
 // A factor as it lies in memory: [rows, cols] of one dtype with unit column stride, or an NF4 weight.
 struct Matrix {
@@ -112,8 +114,8 @@ struct GemmKernels {
   void (*pack_tile)(const Matrix& matrix, int64_t row, int64_t tokens, int64_t inner, float scale,
                     float* packed);
   // The outputs [output, output + width), inner dimension [inner, inner + count): up to kGroup panels P
-  // [count][kPanel], kChunk * kPanel apart; columns behind the last output hold anything finite. scales: of
-  // the rows of an NF4 P = Wᵀ, [kPanel][blocks in a row], null where blocks straddle rows.
+  // [count][kPanel], kChunk * kPanel apart; columns behind the last output hold anything finite. scales:
+  // those of panel_scales.
   void (*decode)(const Right& right, int64_t output, int64_t width, int64_t inner, int64_t count,
                  const float* scales, float* panels);
   // sums [tokens][kPanel] (+)= left [count][tokens] · panel [count][kPanel]
@@ -125,8 +127,25 @@ struct GemmKernels {
 };
 const GemmKernels& gemm_kernels();
 
-// The scales of a panel's rows, [kPanel][blocks per row], or null where the decoder finds them itself.
+// Whether no block of an NF4 weight lies in two rows.
+inline bool blocks_fit_rows(const Matrix& m) { return m.cols % m.nf4->blocksize == 0; }
+
+inline int blocksize_shift(const Matrix& m) {
+  return std::countr_zero(static_cast<uint64_t>(m.nf4->blocksize));
+}
+
+// At most so many blocks have weights in one row, and that many of its scales are kept.
+inline int64_t row_blocks(const Matrix& m) {
+  return m.cols / m.nf4->blocksize + (blocks_fit_rows(m) ? 0 : 2);
+}
+
+// The flat index of W[row, col].
+inline int64_t flat_index(const Matrix& m, int64_t row, int64_t col) { return row * m.cols + col; }
+
+// For an NF4 P = Wᵀ the scales of a panel's rows, [width][row_blocks], each row's from the block on in which
+// it starts; otherwise null. Behind the last there is room for kScalesBehind, which decoders may read.
 const float* panel_scales(const Right& right, int64_t output, int64_t width, float* to);
+constexpr int64_t kScalesBehind = 16;
 
 namespace portable {
 extern const GemmKernels kGemm;
@@ -137,8 +156,5 @@ extern const GemmKernels kGemm;
 namespace avx512 {
 extern const GemmKernels kGemm;
 }
-
-// Whether no block of an NF4 weight lies in two rows, so that a panel's scales are decoded ahead, row by row.
-inline bool blocks_fit_rows(const Matrix& m) { return m.cols % m.nf4->blocksize == 0; }
 
 }  // namespace lk::cpu

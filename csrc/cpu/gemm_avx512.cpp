@@ -109,29 +109,40 @@ void decode_dense_columns(const Matrix& m, int64_t output, int64_t width, int64_
   }
 }
 
-// NF4, P = Wᵀ, a whole chunk of 128 weights of 16 rows; scales [16 rows][blocks_per_row].
-void decode_nf4_rows(const Matrix& m, int64_t output, int64_t rows, int64_t inner, const float* scales,
-                     float* panel) {
-  const int shift = std::countr_zero(static_cast<uint64_t>(m.nf4->blocksize));
-  const int64_t blocks = m.cols >> shift;
+// NF4, P = Wᵀ: up to a chunk of 128 weights of up to 16 rows that start on whole dwords of codes; scales: of
+// these rows, as panel_scales has them. Fit: blocks lie in one row each, so that all rows change theirs at
+// once. What is behind `count` is finite.
+template <bool Fit>
+void decode_nf4_rows(const Matrix& m, int64_t output, int64_t rows, int64_t inner, int64_t count,
+                     const float* scales, float* panel) {
+  const int shift = blocksize_shift(m);
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i last = _mm512_set1_epi32(static_cast<int>(rows - 1));
-  const __m512i stride = _mm512_set1_epi32(static_cast<int>(blocks));
-  const __m512i at = _mm512_mullo_epi32(_mm512_min_epi32(lane, last), stride);
+  const __m512i row = _mm512_min_epi32(lane, _mm512_set1_epi32(static_cast<int>(rows - 1)));
+  const __m512i at = _mm512_mullo_epi32(row, _mm512_set1_epi32(static_cast<int>(row_blocks(m))));
+  // How far behind its first block's start each row starts.
+  const __m512i start =
+      _mm512_and_si512(_mm512_add_epi32(_mm512_mullo_epi32(row, _mm512_set1_epi32(static_cast<int>(m.cols))),
+                                        _mm512_set1_epi32(static_cast<int>(flat_index(m, output, 0)))),
+                       _mm512_set1_epi32(static_cast<int>(m.nf4->blocksize - 1)));
   const __m512 table = codebook();
+  const __mmask64 bytes = count == kChunk ? ~__mmask64{0} : (__mmask64{1} << (count + 1) / 2) - 1;
   Rows r;
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) {
-    const int64_t row = output + std::min<int64_t>(i, rows - 1);
-    const uint8_t* from = m.nf4->packed + (row * m.cols + inner) / 2;
+    const uint8_t* from = m.nf4->packed + flat_index(m, output + std::min<int64_t>(i, rows - 1), inner) / 2;
     _mm_prefetch(reinterpret_cast<const char*>(from + kChunksAhead * kChunk / 2), _MM_HINT_T0);
-    r[i] = _mm512_loadu_ps(from);
+    r[i] = _mm512_castsi512_ps(_mm512_maskz_loadu_epi8(bytes, from));
   }
   transpose(r);
   __m512 scale = _mm512_setzero_ps();
 #pragma GCC unroll 16
   for (int d = 0; d < 16; ++d) {
-    if (d % 4 == 0) {  // 32 weights: the smallest block
+    if (8 * d >= count) break;
+    if constexpr (!Fit) {
+      const __m512i behind = _mm512_add_epi32(start, _mm512_set1_epi32(static_cast<int>(inner + 8 * d)));
+      const __m512i block = _mm512_srl_epi32(behind, _mm_cvtsi32_si128(shift));
+      scale = _mm512_i32gather_ps(_mm512_add_epi32(at, block), scales, 4);
+    } else if (d % 4 == 0) {  // 32 weights: the smallest block
       scale = _mm512_i32gather_ps(at, scales + ((inner + 8 * d) >> shift), 4);
     }
     const __m512i codes = _mm512_castps_si512(r[d]);
@@ -172,45 +183,79 @@ void strided_scales(const lk_nf4_weight& w, int64_t first, int64_t stride, int64
   for (; i < count; ++i) out[i] = block_scale(w, first + i * stride);
 }
 
-// NF4, P = W: up to 128 successive weights of each row, in multiples of 32, which lie in one block and start
-// on a byte.
-void decode_nf4_columns(const Matrix& m, int64_t output, int64_t width, int64_t inner, int64_t count,
-                        float* panels) {
-  const __m512 table = codebook();
+// 32 codes, 16 bytes in all four lanes of a register -> two registers of weights.
+struct Halves {
+  __m512 first, second;
+};
+LK_INLINE Halves look_up(__m512i bytes, __m512 table) {
   // Dword l of the first (second) 16 weights looks at byte l/2 (8 + l/2), shifted to its nibble.
   const __m512i first =
       _mm512_set_epi64(0x0707070707070707, 0x0606060606060606, 0x0505050505050505, 0x0404040404040404,
                        0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);
   const __m512i second = _mm512_or_si512(first, _mm512_set1_epi8(8));
   const __m512i nibble = _mm512_set1_epi64(4);  // 4, 0, 4, 0, ...
-  const int shift = std::countr_zero(static_cast<uint64_t>(m.nf4->blocksize));
+  return {_mm512_permutexvar_ps(_mm512_srlv_epi32(_mm512_shuffle_epi8(bytes, first), nibble), table),
+          _mm512_permutexvar_ps(_mm512_srlv_epi32(_mm512_shuffle_epi8(bytes, second), nibble), table)};
+}
+
+// NF4, P = W: up to 128 successive weights of each row, in multiples of 32, which lie in one block and start
+// on a byte.
+void decode_nf4_columns(const Matrix& m, int64_t output, int64_t width, int64_t inner, int64_t count,
+                        float* panels) {
+  const __m512 table = codebook();
+  const int shift = blocksize_shift(m);
   alignas(64) float scales[kGroup][kChunk];
   for (int64_t p = 0; p * kPanel < width; ++p) {
     const int64_t block = (output + p * kPanel) >> shift, before = (output + (p - 1) * kPanel) >> shift;
-    if (!blocks_fit_rows(m)) {
-      for (int64_t c = 0; c < count; ++c) {
-        scales[p][c] = block_scale(*m.nf4, ((inner + c) * m.cols + output + p * kPanel) >> shift);
-      }
-    } else if (p > 0 && block == before) {
+    if (p > 0 && block == before) {
       std::copy_n(scales[p - 1], count, scales[p]);
     } else {
-      const int64_t blocks = m.cols >> shift;
+      const int64_t blocks = row_blocks(m);
       strided_scales(*m.nf4, inner * blocks + block, blocks, count, scales[p]);
     }
   }
-  const uint8_t* packed = m.nf4->packed + (inner * m.cols + output) / 2;
+  const uint8_t* packed = m.nf4->packed + flat_index(m, inner, output) / 2;
   const int64_t stride = m.cols / 2;
   for (int64_t c = 0; c < count; ++c, packed += stride) {
     _mm_prefetch(reinterpret_cast<const char*>(packed + kRowsAhead * stride), _MM_HINT_T0);
     float* to = panels + c * kPanel;
     for (int64_t p = 0; p * kPanel < width; ++p, to += kChunk * kPanel) {
       const __m512 scale = _mm512_set1_ps(scales[p][c]);
-      const __m512i bytes =
-          _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed + 16 * p)));
-      const __m512i low = _mm512_srlv_epi32(_mm512_shuffle_epi8(bytes, first), nibble);
-      const __m512i high = _mm512_srlv_epi32(_mm512_shuffle_epi8(bytes, second), nibble);
-      _mm512_storeu_ps(to, _mm512_mul_ps(_mm512_permutexvar_ps(low, table), scale));
-      _mm512_storeu_ps(to + 16, _mm512_mul_ps(_mm512_permutexvar_ps(high, table), scale));
+      const auto weights = look_up(
+          _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed + 16 * p))), table);
+      _mm512_storeu_ps(to, _mm512_mul_ps(weights.first, scale));
+      _mm512_storeu_ps(to + 16, _mm512_mul_ps(weights.second, scale));
+    }
+  }
+}
+
+// The same of rows that start on a byte, and wherever in a block: 32 weights lie in up to two.
+void decode_nf4_columns_across(const Matrix& m, int64_t output, int64_t width, int64_t inner, int64_t count,
+                               float* panels) {
+  const __m512 table = codebook();
+  const int shift = blocksize_shift(m);
+  constexpr int64_t kMostScales = kGroup * kPanel / 32 + 1;
+  float scales[kMostScales + 1] = {};  // one more is read, and not used
+  for (int64_t c = 0; c < count; ++c) {
+    const int64_t flat = flat_index(m, inner + c, output), first = flat >> shift;
+    decode_scales(*m.nf4, first, ((flat + width - 1) >> shift) - first + 1, scales);
+    const uint8_t* packed = m.nf4->packed + flat / 2;
+    _mm_prefetch(reinterpret_cast<const char*>(packed + kRowsAhead * m.cols / 2), _MM_HINT_T0);
+    float* to = panels + c * kPanel;
+    for (int64_t p = 0; p < width; p += kPanel, to += kChunk * kPanel) {
+      const int64_t bytes = std::min<int64_t>(16, (width - p + 1) / 2);
+      const int64_t block = ((flat + p) >> shift) - first;
+      const int64_t next = ((first + block + 1) << shift) - flat - p;  // the first column of the next block
+      const uint32_t behind = next >= kPanel ? 0 : ~0u << next;
+      const auto weights = look_up(_mm512_broadcast_i32x4(_mm_maskz_loadu_epi8(
+                                       static_cast<__mmask16>((1u << bytes) - 1), packed + p / 2)),
+                                   table);
+      const __m512 scale = _mm512_set1_ps(scales[block]), other = _mm512_set1_ps(scales[block + 1]);
+      const auto scaled = [&](__m512 v, uint32_t mask) {
+        return _mm512_mul_ps(v, _mm512_mask_mov_ps(scale, static_cast<__mmask16>(mask), other));
+      };
+      _mm512_storeu_ps(to, scaled(weights.first, behind & 0xffff));
+      _mm512_storeu_ps(to + 16, scaled(weights.second, behind >> 16));
     }
   }
 }
@@ -223,12 +268,13 @@ void decode_panels(const Right& right, int64_t output, int64_t width, int64_t in
     for (int64_t p = 0; p < width; p += kPanel) {
       run(m, output + p, std::min(kPanel, width - p), inner, count, panels + p * kChunk);
     }
-  } else if (!right.rows_are_outputs && width % kPanel == 0 && m.cols % kPanel == 0) {
-    decode_nf4_columns(m, output, width, inner, count, panels);
-  } else if (right.rows_are_outputs && scales != nullptr && count == kChunk) {
-    const int64_t blocks = m.cols / m.nf4->blocksize;
-    decode_nf4_rows(m, output, std::min<int64_t>(16, width), inner, scales, panels);
-    if (width > 16) decode_nf4_rows(m, output + 16, width - 16, inner, scales + 16 * blocks, panels + 16);
+  } else if (!right.rows_are_outputs && m.cols % 2 == 0) {
+    const auto run = blocks_fit_rows(m) ? decode_nf4_columns : decode_nf4_columns_across;
+    run(m, output, width, inner, count, panels);
+  } else if (right.rows_are_outputs && m.cols % 8 == 0) {
+    const auto run = blocks_fit_rows(m) ? decode_nf4_rows<true> : decode_nf4_rows<false>;
+    run(m, output, std::min<int64_t>(16, width), inner, count, scales, panels);
+    if (width > 16) run(m, output + 16, width - 16, inner, count, scales + 16 * row_blocks(m), panels + 16);
   } else {
     decode(right, output, width, inner, count, scales, panels);
   }

@@ -117,11 +117,15 @@ LK_INLINE __m512i weave(int half_width, int first) {
   return _mm512_or_si512(low, _mm512_slli_epi32(_mm512_add_epi32(low, _mm512_set1_epi32(half_width)), 16));
 }
 
+LK_INLINE Bits* pair_in_tiles(Bits* tiles, int64_t pair) {
+  return tiles + pair / kPairs * 2 * kTileElements + pair % kPairs * 32;
+}
+
 // [count][kPanel] fp32 -> pairs of the rows; zeros behind the last one.
 void round_pairs(const float* panel, int64_t count, int part, Bits* tiles) {
   const __m512i order = weave(16, 0);
   for (int64_t pair = 0; pair < padded(count, kTileInner) / 2; ++pair) {
-    Bits* to = tiles + pair / kPairs * 2 * kTileElements + pair % kPairs * 32;
+    Bits* to = pair_in_tiles(tiles, pair);
     for (int64_t half = 0; half < 2; ++half) {
       const float* from = panel + 2 * pair * kPanel + 16 * half;
       __m512 even = _mm512_setzero_ps(), odd = even;
@@ -152,7 +156,7 @@ void dense_rows(const Matrix& m, int64_t output, int64_t width, int64_t inner, i
 void dense_pairs(const Matrix& m, int64_t output, int64_t width, int64_t inner, int64_t count, Bits* tiles) {
   const __m512i low = weave(32, 0), high = weave(32, 16);
   for (int64_t pair = 0; pair < padded(count, kTileInner) / 2; ++pair) {
-    Bits* to = tiles + pair / kPairs * 2 * kTileElements + pair % kPairs * 32;
+    Bits* to = pair_in_tiles(tiles, pair);
     for (int64_t p = 0; p < width; p += kPanel) {
       const __mmask32 columns = first32(width - p);
       __m512i even = _mm512_setzero_si512(), odd = even;
@@ -183,12 +187,17 @@ LK_INLINE __m512i codes_of_row(__m512i bytes) {
   return _mm512_srlv_epi16(_mm512_shuffle_epi8(bytes, pick), _mm512_set1_epi32(4));
 }
 
+LK_INLINE __m512i bf16_table(float first, float second) {
+  return bits(_mm512_cvtne2ps_pbh(scaled_codebook(second), scaled_codebook(first)));
+}
+
+// Of rows whose blocks fit them.
 void nf4_rows(const Matrix& m, int64_t output, int64_t width, int64_t inner, int64_t count,
               const float* scales, Bits* tiles) {
-  const int shift = std::countr_zero(static_cast<uint64_t>(m.nf4->blocksize));
-  const int64_t blocks = m.cols >> shift, in_block = std::min(m.nf4->blocksize, count);
+  const int shift = blocksize_shift(m);
+  const int64_t blocks = row_blocks(m), in_block = std::min(m.nf4->blocksize, count);
   for (int64_t i = 0; i < width; ++i) {
-    const uint8_t* from = m.nf4->packed + ((output + i) * m.cols + inner) / 2;
+    const uint8_t* from = m.nf4->packed + flat_index(m, output + i, inner) / 2;
     const float* scale = scales + i * blocks;
     Bits* to = tiles + i / kTileTokens * kTileElements + i % kTileTokens * kTileInner;
     for (int64_t byte = 0; byte < kDepth / 2; byte += 64) {
@@ -208,28 +217,72 @@ void nf4_rows(const Matrix& m, int64_t output, int64_t width, int64_t inner, int
   }
 }
 
-void nf4_pairs(const Matrix& m, int64_t output, int64_t width, int64_t inner, int64_t count, Bits* tiles) {
-  const int shift = std::countr_zero(static_cast<uint64_t>(m.nf4->blocksize));
-  // Of 16 bytes, 8 of either row: lane l, dword d takes column 4l + d of both rows, byte 2l + d/2 and 8
-  // behind it.
+// Of rows that start on a byte, and wherever in a block: 32 weights lie in up to two, whose tables are the
+// two halves of one.
+void nf4_rows_across(const Matrix& m, int64_t output, int64_t width, int64_t inner, int64_t count,
+                     const float* scales, Bits* tiles) {
+  const int shift = blocksize_shift(m);
+  const __m512i low4 = _mm512_set1_epi16(15);
+  for (int64_t i = 0; i < width; ++i) {
+    const int64_t start = flat_index(m, output + i, 0), first = start >> shift;
+    const uint8_t* from = m.nf4->packed + (start + inner) / 2;
+    const float* scale = scales + i * row_blocks(m);
+    Bits* to = tiles + i / kTileTokens * kTileElements + i % kTileTokens * kTileInner;
+    for (int64_t byte = 0; byte < kDepth / 2; byte += 64) {
+      _mm_prefetch(reinterpret_cast<const char*>(from + kDepth / 2 + byte), _MM_HINT_T0);
+    }
+    int64_t block = -1;
+    __m512i table = _mm512_setzero_si512();
+    for (int64_t c = 0; c < count; c += kTileInner, to += 2 * kTileElements) {
+      const int64_t flat = start + inner + c;
+      if (flat >> shift != block) {
+        block = flat >> shift;
+        table = bf16_table(scale[block - first], scale[block - first + 1]);
+      }
+      const int64_t next = ((block + 1) << shift) - flat;  // the first column of the next block
+      const __m512i half =
+          _mm512_maskz_mov_epi16(next >= kTileInner ? 0 : ~0u << next, _mm512_set1_epi16(16));
+      const __mmask16 bytes = first16((count - c + 1) / 2);
+      const __m512i words = codes_of_row(_mm512_broadcast_i32x4(_mm_maskz_loadu_epi8(bytes, from + c / 2)));
+      // (words & low4) | half
+      const __m512i index = _mm512_ternarylogic_epi32(words, low4, half, 0xea);
+      _mm512_storeu_si512(to, _mm512_maskz_permutexvar_epi16(first32(count - c), index, table));
+    }
+  }
+}
+
+// 16 bytes, 8 of either of two rows that are woven together -> 32 words: the codes, or'ed with `more`.
+LK_INLINE __m512i codes_of_pair(__m128i bytes, __m512i more) {
+  // Lane l, dword d takes column 4l + d of both rows, byte 2l + d/2 and 8 behind it.
   const __m512i pick =
       _mm512_add_epi8(_mm512_broadcast_i32x4(_mm_setr_epi8(0, -128, 8, -128, 0, -128, 8, -128, 1, -128, 9,
                                                            -128, 1, -128, 9, -128)),
                       _mm512_set_epi64(0x0006000600060006, 0x0006000600060006, 0x0004000400040004,
                                        0x0004000400040004, 0x0002000200020002, 0x0002000200020002, 0, 0));
   const __m512i nibble = _mm512_set1_epi64(0x0000000000040004);
-  const __m512i low4 = _mm512_set1_epi16(15), second = _mm512_set1_epi32(16 << 16);  // half of the table
-  const uint8_t* packed = m.nf4->packed + (inner * m.cols + output) / 2;
+  const __m512i words = _mm512_srlv_epi16(_mm512_shuffle_epi8(_mm512_broadcast_i32x4(bytes), pick), nibble);
+  return _mm512_ternarylogic_epi32(words, _mm512_set1_epi16(15), more, 0xea);  // (words & 15) | more
+}
+
+void zero_pair(Bits* to, int64_t width) {
+  for (int64_t p = 0; p < width; p += kPanel) {
+    _mm512_storeu_si512(to + p * kDepth, _mm512_setzero_si512());
+    _mm512_storeu_si512(to + p * kDepth + kTileElements, _mm512_setzero_si512());
+  }
+}
+
+// Of rows whose blocks fit them.
+void nf4_pairs(const Matrix& m, int64_t output, int64_t width, int64_t inner, int64_t count, Bits* tiles) {
+  const int shift = blocksize_shift(m);
+  const __m512i second = _mm512_set1_epi32(16 << 16);  // half of the table
+  const uint8_t* packed = m.nf4->packed + flat_index(m, inner, output) / 2;
   const int64_t stride = m.cols / 2;
   for (int64_t pair = 0; pair < padded(count, kTileInner) / 2; ++pair) {
     const bool two = 2 * pair + 1 < count;
     const uint8_t *even = packed + 2 * pair * stride, *odd = two ? even + stride : even;
-    Bits* to = tiles + pair / kPairs * 2 * kTileElements + pair % kPairs * 32;
+    Bits* to = pair_in_tiles(tiles, pair);
     if (2 * pair >= count) {
-      for (int64_t p = 0; p < width; p += kPanel) {
-        _mm512_storeu_si512(to + p * kDepth, _mm512_setzero_si512());
-        _mm512_storeu_si512(to + p * kDepth + kTileElements, _mm512_setzero_si512());
-      }
+      zero_pair(to, width);
       continue;
     }
     _mm_prefetch(reinterpret_cast<const char*>(even + kRowsAhead * stride), _MM_HINT_T0);
@@ -237,23 +290,75 @@ void nf4_pairs(const Matrix& m, int64_t output, int64_t width, int64_t inner, in
     int64_t block = -1;
     __m512i table = _mm512_setzero_si512();
     for (int64_t p = 0; p < width; p += kPanel) {
-      const int64_t flat = (inner + 2 * pair) * m.cols + output + p;
+      const int64_t flat = flat_index(m, inner + 2 * pair, output + p);
       if (flat >> shift != block) {
         block = flat >> shift;
         const float other = two ? block_scale(*m.nf4, (flat + m.cols) >> shift) : 0.0f;
-        table =
-            bits(_mm512_cvtne2ps_pbh(scaled_codebook(other), scaled_codebook(block_scale(*m.nf4, block))));
+        table = bf16_table(block_scale(*m.nf4, block), other);
       }
       const __m128i e = _mm_loadu_si128(reinterpret_cast<const __m128i*>(even + p / 2));
       const __m128i o = _mm_loadu_si128(reinterpret_cast<const __m128i*>(odd + p / 2));
       const auto look_up = [&](__m128i bytes) {
-        const __m512i words =
-            _mm512_srlv_epi16(_mm512_shuffle_epi8(_mm512_broadcast_i32x4(bytes), pick), nibble);
-        // (words & low4) | second
-        return _mm512_permutexvar_epi16(_mm512_ternarylogic_epi32(words, low4, second, 0xea), table);
+        return _mm512_permutexvar_epi16(codes_of_pair(bytes, second), table);
       };
       _mm512_storeu_si512(to + p * kDepth, look_up(_mm_unpacklo_epi64(e, o)));
       _mm512_storeu_si512(to + p * kDepth + kTileElements, look_up(_mm_unpackhi_epi64(e, o)));
+    }
+  }
+}
+
+// Of rows that start on a byte, and wherever in a block: four tables, those of the second blocks in a second
+// register.
+void nf4_pairs_across(const Matrix& m, int64_t output, int64_t width, int64_t inner, int64_t count,
+                      Bits* tiles) {
+  const int shift = blocksize_shift(m);
+  const int64_t last_block = (m.rows * m.cols - 1) >> shift;
+  const __m512i second = _mm512_set1_epi32(16 << 16), behind = _mm512_set1_epi16(32);
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i first_columns = _mm512_or_si512(lane, _mm512_slli_epi32(lane, 16));
+  const __m512i other_columns = _mm512_add_epi16(first_columns, _mm512_set1_epi16(16));
+  for (int64_t pair = 0; pair < padded(count, kTileInner) / 2; ++pair) {
+    Bits* to = pair_in_tiles(tiles, pair);
+    if (2 * pair >= count) {
+      zero_pair(to, width);
+      continue;
+    }
+    const bool two = 2 * pair + 1 < count;
+    const int64_t start[2] = {flat_index(m, inner + 2 * pair, output),
+                              flat_index(m, inner + 2 * pair + (two ? 1 : 0), output)};
+    for (const int64_t flat : start) {
+      _mm_prefetch(reinterpret_cast<const char*>(m.nf4->packed + (flat + kRowsAhead * m.cols) / 2),
+                   _MM_HINT_T0);
+    }
+    int64_t block[2] = {-1, -1};
+    __m512i tables[2] = {};
+    for (int64_t p = 0; p < width; p += kPanel) {
+      bool changed = false;
+      int64_t next[2];  // the first column of the next block
+      __m128i bytes[2];
+      for (int i = 0; i < 2; ++i) {
+        const int64_t flat = start[i] + p;
+        changed |= flat >> shift != block[i];
+        block[i] = flat >> shift;
+        next[i] = std::min(((block[i] + 1) << shift) - flat, kPanel);
+        bytes[i] = _mm_maskz_loadu_epi8(first16((width - p + 1) / 2), m.nf4->packed + flat / 2);
+      }
+      if (changed) {
+        for (int i = 0; i < 2; ++i) {
+          const auto scale = [&](int64_t b) { return block_scale(*m.nf4, std::min(b + i, last_block)); };
+          tables[i] = bf16_table(scale(block[0]), two ? scale(block[1]) : 0.0f);
+        }
+      }
+      const __m512i bounds = _mm512_set1_epi32(static_cast<int>(next[0] | next[1] << 16));
+      const auto look_up = [&](__m128i codes, __m512i columns) {
+        const __mmask32 passed = _mm512_cmpge_epi16_mask(columns, bounds);
+        const __m512i index = codes_of_pair(codes, second);
+        return _mm512_permutex2var_epi16(tables[0], _mm512_mask_add_epi16(index, passed, index, behind),
+                                         tables[1]);
+      };
+      _mm512_storeu_si512(to + p * kDepth, look_up(_mm_unpacklo_epi64(bytes[0], bytes[1]), first_columns));
+      _mm512_storeu_si512(to + p * kDepth + kTileElements,
+                          look_up(_mm_unpackhi_epi64(bytes[0], bytes[1]), other_columns));
     }
   }
 }
@@ -266,8 +371,12 @@ void decode(const Right& right, int64_t output, int64_t width, int64_t inner, in
   if (m.nf4 == nullptr && m.dtype == LK_BF16) {
     return (right.rows_are_outputs ? dense_rows : dense_pairs)(m, output, width, inner, count, tiles);
   }
+  const bool on_bytes = m.nf4 != nullptr && m.cols % 2 == 0;  // its rows start
   if (right.rows_are_outputs) {
-    if (scales != nullptr) return nf4_rows(m, output, width, inner, count, scales, tiles);
+    if (on_bytes) {
+      const auto run = blocks_fit_rows(m) ? nf4_rows : nf4_rows_across;
+      return run(m, output, width, inner, count, scales, tiles);
+    }
     for (int64_t c = 0; c < count; c += kTileInner, tiles += 2 * kTileElements) {
       const int64_t n = std::min(kTileInner, count - c);
       gemm_kernels().decode({m, false}, inner + c, n, output, width, nullptr, space);
@@ -275,8 +384,8 @@ void decode(const Right& right, int64_t output, int64_t width, int64_t inner, in
     }
     return;
   }
-  if (m.nf4 != nullptr && blocks_fit_rows(m) && m.cols % kPanel == 0) {
-    return nf4_pairs(m, output, width, inner, count, tiles);
+  if (on_bytes) {
+    return (blocks_fit_rows(m) ? nf4_pairs : nf4_pairs_across)(m, output, width, inner, count, tiles);
   }
   for (int64_t i = 0; i < count; i += kChunk) {
     const int64_t n = std::min(kChunk, count - i);

@@ -106,7 +106,7 @@ void gemm_bf16(int64_t tokens, int64_t outputs, const Bf16Term* terms, int term_
   for (int i = 0; i < term_count; ++i) {
     inner += terms[i].inner;
     const Matrix& m = terms[i].right.matrix;
-    if (m.nf4 != nullptr) scale_floats = std::max(scale_floats, kPanel * (m.cols / m.nf4->blocksize));
+    if (m.nf4 != nullptr) scale_floats = std::max(scale_floats, kPanel * row_blocks(m) + kScalesBehind);
   }
   const int64_t span = tokens <= kSpan && transposed ? kPanel : kSpan, spans = ceil_div(outputs, span);
   // Few tokens leave little to keep P for, and narrow spans more to share among threads. Where there are few

@@ -40,8 +40,6 @@ constexpr int64_t kMostTokens = 512;
 // bf16 as bits.
 using Bits = uint16_t;
 
-inline int64_t padded(int64_t n, int64_t unit) { return ceil_div(n, unit) * unit; }
-
 // Elements of a packed left factor.
 inline int64_t packed_bf16(int64_t tokens, int64_t inner) {
   return padded(tokens, kTileTokens) * padded(inner, kTileInner);

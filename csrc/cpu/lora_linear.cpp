@@ -17,7 +17,7 @@ int64_t packed_x(int64_t tokens, int64_t k) { return std::min(tokens, block_toke
 void few(const Matrix& x, const Matrix& W, const lk_adapter& adapter, const Matrix& A, const Matrix& B,
          void* h, Output y, Workspace space) {
   const int64_t tokens = x.rows, k = x.cols, r = adapter.rank;
-  float *rows = space.take<float>(tokens * k), *planes = space.take<float>(tokens * k);
+  float *rows = space.take<float>(tokens * k), *planes = space.take<float>(tokens * padded(k, kLine));
   float* low = space.take<float>(tokens * r);
   if (r > 0) {
     few_tokens_rows(x, 1, {adapter.dropout_p, adapter.rng, 0}, rows);
@@ -64,7 +64,7 @@ void bf16_units(const Matrix& x, const Matrix& W, const lk_adapter& adapter, con
 extern "C" int64_t lk_cpu_lora_linear_workspace(int64_t tokens, int64_t in_features, int64_t rank) {
   using namespace lk::cpu;
   const int64_t block = std::min(tokens, block_tokens(in_features));
-  const int64_t planes = tokens <= kFewTokens ? Workspace::bytes(4 * tokens * in_features) : 0;
+  const int64_t planes = tokens <= kFewTokens ? Workspace::bytes(4 * tokens * padded(in_features, kLine)) : 0;
   const int64_t fp32 =
       Workspace::bytes(4 * packed_x(tokens, in_features)) + planes + Workspace::bytes(4 * block * rank);
   return std::max(fp32, workspace_bf16(tokens, in_features, rank));
