@@ -60,28 +60,25 @@ void tiles_of(const Tiles& rows, const Tiles& pairs, int64_t steps, bool first, 
     if constexpr (R == 2 && C == 2) _tile_loadd(3, below + 16, kSumRow);
   }
   const Bits *left = rows.data, *right = pairs.data;
-  const Bits* far = rows.far ? left : right;
+  const Bits* far = (rows.far ? left : right) + kAhead * kTileElements;
   const int64_t far_tile = rows.far ? rows.next_tile : pairs.next_tile;
   for (int64_t s = 0; s < steps;
        ++s, left += rows.next_step, right += pairs.next_step, far += kTileElements) {
+    // The last steps fetch what the next two tiles begin with.
+    if (s == steps - kAhead) far += 2 * far_tile - steps * kTileElements;
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) {
-      _mm_prefetch(reinterpret_cast<const char*>(far + kAhead * kTileElements + i * 32), _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char*>(far + far_tile + kAhead * kTileElements + i * 32),
-                   _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(far + i * 32), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(far + far_tile + i * 32), _MM_HINT_T0);
     }
     _tile_loadd(4, left, 64);
     _tile_loadd(6, right, 64);
+    if constexpr (R == 2) _tile_loadd(5, left + rows.next_tile, 64);
+    if constexpr (C == 2) _tile_loadd(7, right + pairs.next_tile, 64);
     _tile_dpbf16ps(0, 4, 6);
-    if constexpr (R == 2) {
-      _tile_loadd(5, left + rows.next_tile, 64);
-      _tile_dpbf16ps(2, 5, 6);
-    }
-    if constexpr (C == 2) {
-      _tile_loadd(7, right + pairs.next_tile, 64);
-      _tile_dpbf16ps(1, 4, 7);
-      if constexpr (R == 2) _tile_dpbf16ps(3, 5, 7);
-    }
+    if constexpr (R == 2) _tile_dpbf16ps(2, 5, 6);
+    if constexpr (C == 2) _tile_dpbf16ps(1, 4, 7);
+    if constexpr (R == 2 && C == 2) _tile_dpbf16ps(3, 5, 7);
   }
   _tile_stored(0, sums, kSumRow);
   if constexpr (C == 2) _tile_stored(1, sums + 16, kSumRow);

@@ -13,6 +13,7 @@
 #include <bit>
 
 #include "../nf4.h"
+#include "convert.h"
 #include "isa.h"
 #include "nf4_decode.h"
 
@@ -424,6 +425,46 @@ void transpose_sums(float* sums) {
   load(sums + 16 * kPanel, b);
   store(a, sums + 16 * kPanel);
   store(b, sums + 16);
+}
+
+void store(const Output& out, int64_t row, int64_t tokens, int64_t column, int64_t width, bool transposed,
+           const float* sums) {
+  alignas(64) float bias[kPanel] = {};
+  if (out.bias != nullptr) read_floats(out.bias, out.bias_dtype, column, width, bias);
+  const __m512 bias_low = _mm512_load_ps(bias), bias_high = _mm512_load_ps(bias + 16);
+  const __m512 scale = _mm512_set1_ps(out.scale);
+  const __mmask32 columns = first32(width);
+  const auto store_row = [&](int64_t t, __m512 low, __m512 high) {
+    Bits* to = static_cast<Bits*>(out.data) + (row + t) * out.stride + column;
+    low = _mm512_add_ps(_mm512_mul_ps(low, scale), bias_low);
+    high = _mm512_add_ps(_mm512_mul_ps(high, scale), bias_high);
+    if (out.accumulate) {
+      const __m512i before = _mm512_maskz_loadu_epi16(columns, to);
+      const auto half = [&](__m256i words) {
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
+      };
+      low = _mm512_add_ps(low, half(_mm512_castsi512_si256(before)));
+      high = _mm512_add_ps(high, half(_mm512_extracti64x4_epi64(before, 1)));
+    }
+    _mm512_mask_storeu_epi16(to, columns, bits(_mm512_cvtne2ps_pbh(high, low)));
+  };
+  if (!transposed) {
+    for (int64_t t = 0; t < tokens; ++t) {
+      store_row(t, _mm512_loadu_ps(sums + t * kPanel), _mm512_loadu_ps(sums + t * kPanel + 16));
+    }
+    return;
+  }
+  for (int64_t first = 0; first < tokens; first += 16) {
+    Rows low, high;
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) low[i] = _mm512_loadu_ps(sums + i * kPanel + first);
+    transpose(low);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) high[i] = _mm512_loadu_ps(sums + (16 + i) * kPanel + first);
+    transpose(high);
+    const int64_t rows = std::min<int64_t>(16, tokens - first);
+    for (int64_t i = 0; i < rows; ++i) store_row(first + i, low[i], high[i]);
+  }
 }
 
 const Bf16Kernels kGemm = {begin, end, multiply};

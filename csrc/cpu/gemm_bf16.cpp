@@ -39,44 +39,45 @@ const Bf16Kernels& bf16_kernels() { return isa() >= Isa::amx ? amx::kGemm : avx5
 
 void pack_bf16(const Matrix& m, int64_t tokens, int64_t inner, float scale, const Dropout& dropout, int part,
                Layout layout, Bits* packed) {
-  constexpr int64_t kColumns = 512;  // of a row at a time: stays in L1
-  const int64_t size = m.dtype == LK_F32 ? 4 : 2, tiles = padded(inner, kTileInner) / kTileInner;
+  const int64_t size = m.dtype == LK_F32 ? 4 : 2;
   const bool as_it_is = m.dtype == LK_BF16 && scale == 1 && part == 0;
   const int64_t grain = std::max<int64_t>(1, kTaskWork / (kTileTokens * std::max<int64_t>(inner, 1)));
-  parallel_for(ceil_div(tokens, kTileTokens), grain, [&](int64_t begin, int64_t end) {
-    alignas(64) char dropped[kColumns * sizeof(float)];
+  // kDepth elements of a row at a time, which stay in L1.
+  const auto pack_row = [&](int64_t row, int64_t c, int64_t n, Bits* to) {
+    alignas(64) char dropped[kDepth * sizeof(float)];
     alignas(64) float values[kTileInner];
-    for (int64_t tile = begin; tile < end; ++tile) {
-      for (int64_t t = 0; t < kTileTokens; ++t) {
-        const int64_t row = tile * kTileTokens + t;
-        Bits* to = packed + tile * tiles * kTileElements + t * kTileInner;
-        if (row >= tokens) {
-          for (int64_t i = 0; i < tiles; ++i) std::fill_n(to + i * kTileElements, kTileInner, Bits{0});
-          continue;
-        }
-        for (int64_t c = 0; c < inner; c += kColumns) {
-          const int64_t n = std::min(kColumns, inner - c);
-          const char* from = static_cast<const char*>(m.data) + (row * m.stride + c) * size;
-          if (dropout.p > 0) {
-            lk_cpu_lora_dropout(from, m.dtype, n, dropout.first + row * inner + c, dropout.p, dropout.rng,
-                                dropped);
-            from = dropped;
-          }
-          for (int64_t i = 0; i < n; i += kTileInner, to += kTileElements) {
-            const int64_t count = std::min(kTileInner, n - i);
-            if (as_it_is && count == kTileInner) {
-              std::memcpy(to, from + i * size, kTileInner * sizeof(Bits));
-            } else {
-              read_floats(from, m.dtype, i, count, values);
-              for (int64_t j = 0; j < count; ++j) values[j] *= scale;
-              round_row(values, count, part, to);
+    const char* from = static_cast<const char*>(m.data) + (row * m.stride + c) * size;
+    if (dropout.p > 0) {
+      lk_cpu_lora_dropout(from, m.dtype, n, dropout.first + row * inner + c, dropout.p, dropout.rng, dropped);
+      from = dropped;
+    }
+    for (int64_t i = 0; i < n; i += kTileInner, to += kTileElements) {
+      const int64_t count = std::min(kTileInner, n - i);
+      if (as_it_is && count == kTileInner) {
+        std::memcpy(to, from + i * size, kTileInner * sizeof(Bits));
+      } else {
+        read_floats(from, m.dtype, i, count, values);
+        for (int64_t j = 0; j < count; ++j) values[j] *= scale;
+        round_row(values, count, part, to);
+      }
+    }
+  };
+  parallel_for(ceil_div(tokens, kTileTokens), grain, [&](int64_t begin, int64_t end) {
+    for (int64_t token = begin * kTileTokens; token < end * kTileTokens; token += kTileTokens) {
+      for (int64_t c = 0; c < inner; c += kDepth) {
+        const int64_t n = std::min(kDepth, inner - c), stop = left_stride(inner, c);
+        Bits* to = packed + left_offset(tokens, inner, token, c);
+        for (int64_t t = 0; t < kTileTokens; ++t) {
+          if (token + t < tokens) {
+            pack_row(token + t, c, n, to + t * kTileInner);
+          } else {
+            for (int64_t i = 0; i < stop; i += kTileElements) {
+              std::fill_n(to + i + t * kTileInner, kTileInner, Bits{0});
             }
           }
         }
-      }
-      if (layout == Layout::pairs) {
-        for (int64_t i = 0; i < tiles; ++i) {
-          avx512bf16::transpose_tile(packed + (tile * tiles + i) * kTileElements);
+        if (layout == Layout::pairs) {
+          for (int64_t i = 0; i < stop; i += kTileElements) avx512bf16::transpose_tile(to + i);
         }
       }
     }
@@ -132,7 +133,6 @@ void gemm_bf16(int64_t tokens, int64_t outputs, const Bf16Term* terms, int term_
       bool first = true;
       for (int i = 0; i < term_count; ++i) {
         const Bf16Term& term = terms[i];
-        const int64_t stride = padded(term.inner, kTileInner) * kTileTokens;  // between tiles of tokens
         const float* scales[kGroup] = {};
         for (int64_t m = 0; m < width; m += kPanel) {
           scales[m / kPanel] = panel_scales(term.right, column + m, std::min(kPanel, width - m),
@@ -144,8 +144,8 @@ void gemm_bf16(int64_t tokens, int64_t outputs, const Bf16Term* terms, int term_
           for (int64_t m = 0; m < width; m += kPanel) {
             for (int64_t t = 0; t < rows; t += kPanel) {
               const int64_t height = std::min(kPanel, rows - t), across = std::min(kPanel, width - m);
-              const Tiles left{term.left + (row + t) / kTileTokens * stride + c * kTileTokens, stride,
-                               kTileElements, true};
+              const Tiles left{term.left + left_offset(tokens, term.inner, row + t, c),
+                               left_stride(term.inner, c), kTileElements, true};
               const Tiles right{tiles + m * kDepth, kTileElements, 2 * kTileElements, false};
               const int64_t steps = ceil_div(count, kTileInner);
               float* to = sums + m * group_tokens + t * kPanel;
@@ -159,12 +159,16 @@ void gemm_bf16(int64_t tokens, int64_t outputs, const Bf16Term* terms, int term_
           first = false;
         }
       }
-      for (int64_t m = 0; m < width; m += kPanel) {
-        for (int64_t t = 0; t < rows; t += kPanel) {
+      for (int64_t t = 0; t < rows; t += kPanel) {  // the panels of a row side by side
+        for (int64_t m = 0; m < width; m += kPanel) {
           float* from = sums + m * group_tokens + t * kPanel;
-          if (transposed) avx512bf16::transpose_sums(from);
-          decoder.store(output, row + t, std::min(kPanel, rows - t), column + m, std::min(kPanel, width - m),
-                        from);
+          const int64_t height = std::min(kPanel, rows - t), across = std::min(kPanel, width - m);
+          if (output.dtype == LK_BF16) {
+            avx512bf16::store(output, row + t, height, column + m, across, transposed, from);
+          } else {
+            if (transposed) avx512bf16::transpose_sums(from);
+            decoder.store(output, row + t, height, column + m, across, from);
+          }
         }
       }
     }

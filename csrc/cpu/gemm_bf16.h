@@ -12,8 +12,8 @@
 // Decoding is to leave the weights in the order in which their codes lie. So where the rows of W are the
 // outputs (P = Wᵀ) they are `rows`, the tokens are `pairs`, and what is summed is outᵀ, which is transposed
 // when it is stored; where they are the inner dimension (P = W) two of them are woven into `pairs`, and the
-// tokens are `rows`. Left factors are packed tile by tile, [token / 16][inner / 32][tile], P [panel][inner /
-// 32][half of the panel][tile].
+// tokens are `rows`. Left factors are packed tile by tile, [inner / kDepth][token / 16][inner % kDepth / 32]
+// [tile], so that what meets a P lies together (left_offset), P [panel][inner / 32][half of the panel][tile].
 //
 // A task is kSpan outputs (of few tokens: a panel) and a group of the tokens. Its P of kDepth inner elements
 // (128 KiB), its sums and the left factor's part that meets that P stay in L2, so that W0 is decoded once for
@@ -43,6 +43,15 @@ using Bits = uint16_t;
 // Elements of a packed left factor.
 inline int64_t packed_bf16(int64_t tokens, int64_t inner) {
   return padded(tokens, kTileTokens) * padded(inner, kTileInner);
+}
+
+// Where the tile of `token` and inner element `c` is, multiples of kTileTokens and kDepth; the next
+// kTileInner inner elements are kTileElements behind, the next kTileTokens tokens left_stride.
+inline int64_t left_stride(int64_t inner, int64_t c) {
+  return kTileTokens * padded(std::min(kDepth, inner - c), kTileInner);
+}
+inline int64_t left_offset(int64_t tokens, int64_t inner, int64_t token, int64_t c) {
+  return c * padded(tokens, kTileTokens) + token / kTileTokens * left_stride(inner, c);
 }
 
 struct Bf16Term {
@@ -130,6 +139,10 @@ void decode(const Right& right, int64_t output, int64_t width, int64_t inner, in
 void transpose_tile(Bits* tile);
 // [kPanel][kPanel], in place.
 void transpose_sums(float* sums);
+// sums [kPanel][kPanel], of tokens or, transposed, of outputs -> a bf16 output's columns [column, column +
+// width) of rows [row, row + tokens), up to kPanel of either.
+void store(const Output& output, int64_t row, int64_t tokens, int64_t column, int64_t width, bool transposed,
+           const float* sums);
 extern const Bf16Kernels kGemm;
 }  // namespace avx512bf16
 namespace amx {
