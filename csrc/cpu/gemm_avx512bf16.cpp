@@ -192,6 +192,20 @@ LK_INLINE __m512i bf16_table(float first, float second) {
   return bits(_mm512_cvtne2ps_pbh(scaled_codebook(second), scaled_codebook(first)));
 }
 
+// What is decoded after the codes of a row from inner element `inner` on, kDepth of them: the next ones, or
+// behind the row's end the first of the row a panel further, which a thread mostly takes next.
+LK_INLINE const uint8_t* next_codes(const Matrix& m, const uint8_t* codes, int64_t inner) {
+  const int64_t left = m.cols - inner;
+  return codes + (left > kDepth ? kDepth : left + (kPanel - 1) * m.cols) / 2;
+}
+
+LK_INLINE void prefetch_depth(const uint8_t* codes) {
+#pragma GCC unroll 8
+  for (int64_t byte = 0; byte < kDepth / 2; byte += 64) {
+    _mm_prefetch(reinterpret_cast<const char*>(codes + byte), _MM_HINT_T0);
+  }
+}
+
 // Of rows whose blocks fit them.
 void nf4_rows(const Matrix& m, int64_t output, int64_t width, int64_t inner, int64_t count,
               const float* scales, Bits* tiles) {
@@ -199,20 +213,15 @@ void nf4_rows(const Matrix& m, int64_t output, int64_t width, int64_t inner, int
   const int64_t blocks = row_blocks(m), in_block = std::min(m.nf4->blocksize, count);
   for (int64_t i = 0; i < width; ++i) {
     const uint8_t* from = m.nf4->packed + flat_index(m, output + i, inner) / 2;
-    const float* scale = scales + i * blocks;
+    const float* scale = scales + i * blocks + (inner >> shift);
     Bits* to = tiles + i / kTileTokens * kTileElements + i % kTileTokens * kTileInner;
-    for (int64_t byte = 0; byte < kDepth / 2; byte += 64) {
-      _mm_prefetch(reinterpret_cast<const char*>(from + kDepth / 2 + byte), _MM_HINT_T0);
-    }
-    for (int64_t c = 0; c < count;) {
-      const __m256i half =
-          reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(scaled_codebook(scale[(inner + c) >> shift])));
-      const __m512i table = _mm512_broadcast_i64x4(half);  // twice: bit 4 of a word is any
-      for (const int64_t stop = std::min(c + in_block, count); c < stop;
-           c += kTileInner, to += 2 * kTileElements) {
-        const __m512i bytes =
-            _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + c / 2)));
+    prefetch_depth(next_codes(m, from, inner));
+    for (const uint8_t* end = from + count / 2; from < end; ++scale) {
+      const __m512i table = bf16_table(*scale, *scale);  // twice: bit 4 of a word is any
+      for (const uint8_t* stop = from + in_block / 2; from < stop; from += kTileInner / 2) {
+        const __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
         _mm512_storeu_si512(to, _mm512_permutexvar_epi16(codes_of_row(bytes), table));
+        to += 2 * kTileElements;
       }
     }
   }
@@ -229,9 +238,7 @@ void nf4_rows_across(const Matrix& m, int64_t output, int64_t width, int64_t inn
     const uint8_t* from = m.nf4->packed + (start + inner) / 2;
     const float* scale = scales + i * row_blocks(m);
     Bits* to = tiles + i / kTileTokens * kTileElements + i % kTileTokens * kTileInner;
-    for (int64_t byte = 0; byte < kDepth / 2; byte += 64) {
-      _mm_prefetch(reinterpret_cast<const char*>(from + kDepth / 2 + byte), _MM_HINT_T0);
-    }
+    prefetch_depth(next_codes(m, from, inner));
     int64_t block = -1;
     __m512i table = _mm512_setzero_si512();
     for (int64_t c = 0; c < count; c += kTileInner, to += 2 * kTileElements) {

@@ -16,7 +16,7 @@ inline int64_t block_tokens(int64_t inner) {
 
 // The same of gemm_bf16: as many as share one decoding of W0 there.
 inline int64_t block_tokens_bf16(int64_t inner) {
-  const int64_t fit = (int64_t{8} << 20) / (2 * std::max<int64_t>(inner, 1));
+  const int64_t fit = (int64_t{16} << 20) / (2 * std::max<int64_t>(inner, 1));
   return std::clamp<int64_t>(fit / kPanel * kPanel, 4 * kPanel, kMostTokens);
 }
 
