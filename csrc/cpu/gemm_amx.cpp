@@ -40,12 +40,14 @@ void end(const void* saved) {
   }
 }
 
-// Steps that tiles from the second level of cache are prefetched ahead: hardware does not follow tile loads.
+// Steps that the left factor's tiles, which come from the second level of cache, are prefetched ahead:
+// hardware does not follow tile loads.
 constexpr int kAhead = 2;
 
 // R x C tiles.
 template <int R, int C>
-void tiles_of(const Tiles& rows, const Tiles& pairs, int64_t steps, bool first, float* sums) {
+void tiles_of(const Stretch* stretches, int stretch_count, const Bits* panel, bool panel_is_rows, bool first,
+              float* sums) {
   constexpr int64_t kSumRow = kPanel * sizeof(float);
   float* below = sums + 16 * kPanel;
   if (first) {
@@ -59,26 +61,36 @@ void tiles_of(const Tiles& rows, const Tiles& pairs, int64_t steps, bool first, 
     if constexpr (R == 2) _tile_loadd(2, below, kSumRow);
     if constexpr (R == 2 && C == 2) _tile_loadd(3, below + 16, kSumRow);
   }
-  const Bits *left = rows.data, *right = pairs.data;
-  const Bits* far = (rows.far ? left : right) + kAhead * kTileElements;
-  const int64_t far_tile = rows.far ? rows.next_tile : pairs.next_tile;
-  for (int64_t s = 0; s < steps;
-       ++s, left += rows.next_step, right += pairs.next_step, far += kTileElements) {
-    // The last steps fetch what the next two tiles begin with.
-    if (s == steps - kAhead) far += 2 * far_tile - steps * kTileElements;
+  for (int i = 0; i < stretch_count; ++i) {
+    const auto [left, next_tile, steps] = stretches[i];
+    const Bits *rows = panel_is_rows ? panel : left, *pairs = panel_is_rows ? left : panel;
+    const int64_t row_tile = panel_is_rows ? kTileElements : next_tile;
+    const int64_t pair_tile = panel_is_rows ? next_tile : kTileElements;
+    const int64_t row_step = (panel_is_rows ? 2 : 1) * kTileElements,
+                  pair_step = 3 * kTileElements - row_step;
+    const Bits *far = left + kAhead * kTileElements, *far_below = far + next_tile;
+    for (int64_t s = 0; s < steps; ++s, rows += row_step, pairs += pair_step) {
+      if (s + kAhead == steps) {  // what is multiplied next: the next stretch, or the next tokens' first
+        const bool last = i + 1 == stretch_count;
+        const Stretch& next = stretches[last ? 0 : i + 1];
+        far = next.left + (last ? 2 * next.next_tile : 0), far_below = far + next.next_tile;
+      }
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) {
-      _mm_prefetch(reinterpret_cast<const char*>(far + i * 32), _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char*>(far + far_tile + i * 32), _MM_HINT_T0);
+      for (int line = 0; line < kTileElements; line += kTileInner) {
+        _mm_prefetch(reinterpret_cast<const char*>(far + line), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(far_below + line), _MM_HINT_T0);
+      }
+      far += kTileElements, far_below += kTileElements;
+      _tile_loadd(4, rows, 64);
+      _tile_loadd(6, pairs, 64);
+      if constexpr (R == 2) _tile_loadd(5, rows + row_tile, 64);
+      if constexpr (C == 2) _tile_loadd(7, pairs + pair_tile, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      if constexpr (R == 2) _tile_dpbf16ps(2, 5, 6);
+      if constexpr (C == 2) _tile_dpbf16ps(1, 4, 7);
+      if constexpr (R == 2 && C == 2) _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_loadd(4, left, 64);
-    _tile_loadd(6, right, 64);
-    if constexpr (R == 2) _tile_loadd(5, left + rows.next_tile, 64);
-    if constexpr (C == 2) _tile_loadd(7, right + pairs.next_tile, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    if constexpr (R == 2) _tile_dpbf16ps(2, 5, 6);
-    if constexpr (C == 2) _tile_dpbf16ps(1, 4, 7);
-    if constexpr (R == 2 && C == 2) _tile_dpbf16ps(3, 5, 7);
+    panel += steps * 2 * kTileElements;
   }
   _tile_stored(0, sums, kSumRow);
   if constexpr (C == 2) _tile_stored(1, sums + 16, kSumRow);
@@ -86,13 +98,13 @@ void tiles_of(const Tiles& rows, const Tiles& pairs, int64_t steps, bool first, 
   if constexpr (R == 2 && C == 2) _tile_stored(3, below + 16, kSumRow);
 }
 
-void multiply(const Tiles& rows, int64_t row_count, const Tiles& pairs, int64_t column_count, int64_t steps,
-              bool first, float* sums) {
+void multiply(const Stretch* stretches, int stretch_count, const Bits* panel, bool panel_is_rows,
+              int64_t row_count, int64_t column_count, bool first, float* sums) {
   const bool wide = column_count > 16;
   const auto run = row_count > 16 ? (wide ? tiles_of<2, 2> : tiles_of<2, 1>)
                    : wide         ? tiles_of<1, 2>
                                   : tiles_of<1, 1>;
-  run(rows, pairs, steps, first, sums);
+  run(stretches, stretch_count, panel, panel_is_rows, first, sums);
 }
 
 }  // namespace

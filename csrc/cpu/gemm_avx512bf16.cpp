@@ -34,51 +34,56 @@ LK_INLINE __m512i bits(__m512bh v) { return reinterpret_cast<__m512i>(v); }
 
 // ---- the product ----
 
-// M rows x N tiles of columns.
+// M rows from row `i` on x N tiles of columns.
 template <int M, int N>
-LK_INLINE void block(const Tiles& rows, const Tiles& pairs, int64_t steps, bool first, float* sums) {
+void block(const Stretch* stretches, int stretch_count, const Bits* panel, bool panel_is_rows, int64_t i,
+           bool first, float* sums) {
   __m512 acc[M][N];
 #pragma GCC unroll 16
-  for (int i = 0; i < M; ++i) {
+  for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 2
     for (int j = 0; j < N; ++j) {
-      acc[i][j] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + i * kPanel + 16 * j);
+      acc[m][j] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + m * kPanel + 16 * j);
     }
   }
-  const Bits *left = rows.data, *right = pairs.data;
-  for (int64_t s = 0; s < steps; ++s, left += rows.next_step, right += pairs.next_step) {
-    for (int64_t pair = 0; pair < kPairs; ++pair) {
-      __m512bh p[N];
+  for (const Stretch* stretch = stretches; stretch < stretches + stretch_count; ++stretch) {
+    const Bits* rows = panel_is_rows ? panel : stretch->left;
+    const Bits* pairs = panel_is_rows ? stretch->left : panel;
+    const int64_t row_tile = panel_is_rows ? kTileElements : stretch->next_tile;
+    const int64_t pair_tile = panel_is_rows ? stretch->next_tile : kTileElements;
+    const int64_t row_step = (panel_is_rows ? 2 : 1) * kTileElements,
+                  pair_step = 3 * kTileElements - row_step;
+    rows += i / kTileTokens * row_tile + i % kTileTokens * kTileInner;
+    for (int64_t s = 0; s < stretch->steps; ++s, rows += row_step, pairs += pair_step) {
+      for (int64_t pair = 0; pair < kPairs; ++pair) {
+        __m512bh p[N];
 #pragma GCC unroll 2
-      for (int j = 0; j < N; ++j) p[j] = as_bf16(_mm512_loadu_ps(right + j * pairs.next_tile + pair * 32));
+        for (int j = 0; j < N; ++j) p[j] = as_bf16(_mm512_loadu_ps(pairs + j * pair_tile + pair * 32));
 #pragma GCC unroll 16
-      for (int i = 0; i < M; ++i) {
-        float both;
-        __builtin_memcpy(&both, left + i * kTileInner + 2 * pair, sizeof both);
-        const __m512bh l = as_bf16(_mm512_set1_ps(both));
+        for (int m = 0; m < M; ++m) {
+          float both;
+          __builtin_memcpy(&both, rows + m * kTileInner + 2 * pair, sizeof both);
+          const __m512bh l = as_bf16(_mm512_set1_ps(both));
 #pragma GCC unroll 2
-        for (int j = 0; j < N; ++j) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], l, p[j]);
+          for (int j = 0; j < N; ++j) acc[m][j] = _mm512_dpbf16_ps(acc[m][j], l, p[j]);
+        }
       }
     }
+    panel += stretch->steps * 2 * kTileElements;
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < M; ++i) {
+  for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 2
-    for (int j = 0; j < N; ++j) _mm512_storeu_ps(sums + i * kPanel + 16 * j, acc[i][j]);
+    for (int j = 0; j < N; ++j) _mm512_storeu_ps(sums + m * kPanel + 16 * j, acc[m][j]);
   }
 }
 
-void multiply(const Tiles& rows, int64_t row_count, const Tiles& pairs, int64_t column_count, int64_t steps,
-              bool first, float* sums) {
-  const int64_t height = column_count > 16 ? 8 : 16;
-  for (int64_t i = 0; i < row_count; i += height) {
-    Tiles from = rows;
-    from.data += i / kTileTokens * rows.next_tile + i % kTileTokens * kTileInner;
-    if (column_count > 16) {
-      block<8, 2>(from, pairs, steps, first, sums + i * kPanel);
-    } else {
-      block<16, 1>(from, pairs, steps, first, sums + i * kPanel);
-    }
+void multiply(const Stretch* stretches, int stretch_count, const Bits* panel, bool panel_is_rows,
+              int64_t row_count, int64_t column_count, bool first, float* sums) {
+  const bool wide = column_count > 16;
+  const auto run = wide ? block<8, 2> : block<16, 1>;
+  for (int64_t i = 0; i < row_count; i += wide ? 8 : 16) {
+    run(stretches, stretch_count, panel, panel_is_rows, i, first, sums + i * kPanel);
   }
 }
 
@@ -166,8 +171,8 @@ void dense_pairs(const Matrix& m, int64_t output, int64_t width, int64_t inner, 
       if (2 * pair + 1 < count) {
         odd = _mm512_maskz_loadu_epi16(columns, dense_row(m, inner + 2 * pair + 1, output + p));
       }
-      _mm512_storeu_si512(to + p * kDepth, _mm512_permutex2var_epi16(even, low, odd));
-      _mm512_storeu_si512(to + p * kDepth + kTileElements, _mm512_permutex2var_epi16(even, high, odd));
+      _mm512_storeu_si512(to + p * kMostDepth, _mm512_permutex2var_epi16(even, low, odd));
+      _mm512_storeu_si512(to + p * kMostDepth + kTileElements, _mm512_permutex2var_epi16(even, high, odd));
     }
   }
 }
@@ -274,8 +279,8 @@ LK_INLINE __m512i codes_of_pair(__m128i bytes, __m512i more) {
 
 void zero_pair(Bits* to, int64_t width) {
   for (int64_t p = 0; p < width; p += kPanel) {
-    _mm512_storeu_si512(to + p * kDepth, _mm512_setzero_si512());
-    _mm512_storeu_si512(to + p * kDepth + kTileElements, _mm512_setzero_si512());
+    _mm512_storeu_si512(to + p * kMostDepth, _mm512_setzero_si512());
+    _mm512_storeu_si512(to + p * kMostDepth + kTileElements, _mm512_setzero_si512());
   }
 }
 
@@ -309,8 +314,8 @@ void nf4_pairs(const Matrix& m, int64_t output, int64_t width, int64_t inner, in
       const auto look_up = [&](__m128i bytes) {
         return _mm512_permutexvar_epi16(codes_of_pair(bytes, second), table);
       };
-      _mm512_storeu_si512(to + p * kDepth, look_up(_mm_unpacklo_epi64(e, o)));
-      _mm512_storeu_si512(to + p * kDepth + kTileElements, look_up(_mm_unpackhi_epi64(e, o)));
+      _mm512_storeu_si512(to + p * kMostDepth, look_up(_mm_unpacklo_epi64(e, o)));
+      _mm512_storeu_si512(to + p * kMostDepth + kTileElements, look_up(_mm_unpackhi_epi64(e, o)));
     }
   }
 }
@@ -364,8 +369,9 @@ void nf4_pairs_across(const Matrix& m, int64_t output, int64_t width, int64_t in
         return _mm512_permutex2var_epi16(tables[0], _mm512_mask_add_epi16(index, passed, index, behind),
                                          tables[1]);
       };
-      _mm512_storeu_si512(to + p * kDepth, look_up(_mm_unpacklo_epi64(bytes[0], bytes[1]), first_columns));
-      _mm512_storeu_si512(to + p * kDepth + kTileElements,
+      _mm512_storeu_si512(to + p * kMostDepth,
+                          look_up(_mm_unpacklo_epi64(bytes[0], bytes[1]), first_columns));
+      _mm512_storeu_si512(to + p * kMostDepth + kTileElements,
                           look_up(_mm_unpackhi_epi64(bytes[0], bytes[1]), other_columns));
     }
   }
@@ -399,16 +405,18 @@ void decode(const Right& right, int64_t output, int64_t width, int64_t inner, in
     const int64_t n = std::min(kChunk, count - i);
     gemm_kernels().decode(right, output, width, inner + i, n, nullptr, space);
     for (int64_t p = 0; p < width; p += kPanel) {
-      round_pairs(space + p * kChunk, n, part, tiles + p * kDepth + i * kPanel);
+      round_pairs(space + p * kChunk, n, part, tiles + p * kMostDepth + i * kPanel);
     }
   }
 }
 
-void transpose_tile(Bits* tile) {
+void transpose_tile(Bits* tile) { copy_tile(tile, kTileInner, kTileTokens, Layout::pairs, tile); }
+
+void copy_tile(const Bits* from, int64_t stride, int64_t rows, Layout layout, Bits* tile) {
   Rows r;
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(tile + i * kTileInner);
-  transpose(r);
+  for (int i = 0; i < 16; ++i) r[i] = i < rows ? _mm512_loadu_ps(from + i * stride) : _mm512_setzero_ps();
+  if (layout == Layout::pairs) transpose(r);
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) _mm512_storeu_ps(tile + i * kTileInner, r[i]);
 }

@@ -44,7 +44,7 @@ void pack_bf16(const Matrix& m, int64_t tokens, int64_t inner, float scale, cons
   const int64_t grain = std::max<int64_t>(1, kTaskWork / (kTileTokens * std::max<int64_t>(inner, 1)));
   // kDepth elements of a row at a time, which stay in L1.
   const auto pack_row = [&](int64_t row, int64_t c, int64_t n, Bits* to) {
-    alignas(64) char dropped[kDepth * sizeof(float)];
+    alignas(64) char dropped[(kDepth + kChunk) * sizeof(float)];
     alignas(64) float values[kTileInner];
     const char* from = static_cast<const char*>(m.data) + (row * m.stride + c) * size;
     if (dropout.p > 0) {
@@ -53,23 +53,25 @@ void pack_bf16(const Matrix& m, int64_t tokens, int64_t inner, float scale, cons
     }
     for (int64_t i = 0; i < n; i += kTileInner, to += kTileElements) {
       const int64_t count = std::min(kTileInner, n - i);
-      if (as_it_is && count == kTileInner) {
-        std::memcpy(to, from + i * size, kTileInner * sizeof(Bits));
-      } else {
-        read_floats(from, m.dtype, i, count, values);
-        for (int64_t j = 0; j < count; ++j) values[j] *= scale;
-        round_row(values, count, part, to);
-      }
+      read_floats(from, m.dtype, i, count, values);
+      for (int64_t j = 0; j < count; ++j) values[j] *= scale;
+      round_row(values, count, part, to);
     }
   };
   parallel_for(ceil_div(tokens, kTileTokens), grain, [&](int64_t begin, int64_t end) {
     for (int64_t token = begin * kTileTokens; token < end * kTileTokens; token += kTileTokens) {
-      for (int64_t c = 0; c < inner; c += kDepth) {
-        const int64_t n = std::min(kDepth, inner - c), stop = left_stride(inner, c);
+      for (int64_t c = 0, n; c < inner; c += n) {
+        n = depth_at(inner, c);
+        const int64_t whole = as_it_is && dropout.p == 0 ? n / kTileInner * kTileInner : 0;
         Bits* to = packed + left_offset(tokens, inner, token, c);
+        for (int64_t i = 0; i < whole; i += kTileInner, to += kTileElements) {
+          avx512bf16::copy_tile(static_cast<const Bits*>(m.data) + token * m.stride + c + i, m.stride,
+                                std::min(kTileTokens, tokens - token), layout, to);
+        }
+        const int64_t stop = left_stride(inner, c) - whole * kTileTokens;
         for (int64_t t = 0; t < kTileTokens; ++t) {
           if (token + t < tokens) {
-            pack_row(token + t, c, n, to + t * kTileInner);
+            pack_row(token + t, c + whole, n - whole, to + t * kTileInner);
           } else {
             for (int64_t i = 0; i < stop; i += kTileElements) {
               std::fill_n(to + i + t * kTileInner, kTileInner, Bits{0});
@@ -88,15 +90,49 @@ namespace {
 
 // P of the outputs [column, column + width), inner elements [c, c + count) of a term.
 void decode_span(const Bf16Term& term, int64_t column, int64_t width, int64_t c, int64_t count,
-                 const float* const* scales, float* space, Bits* tiles) {
+                 const float* scales, int64_t scale_floats, float* space, Bits* tiles) {
   if (!term.right.rows_are_outputs) {
     return avx512bf16::decode(term.right, column, width, c, count, term.part, nullptr, space, tiles);
   }
   for (int64_t m = 0; m < width; m += kPanel) {
     avx512bf16::decode(term.right, column + m, std::min(kPanel, width - m), c, count, term.part,
-                       scales[m / kPanel], space, tiles + m * kDepth);
+                       scales + m / kPanel * scale_floats, space, tiles + m * kMostDepth);
   }
 }
+
+// The inner elements [c, c + count) of a term, in a P behind `before` others.
+struct Part {
+  const Bf16Term* term;
+  int64_t c, count, before;
+};
+
+// The parts of all terms, in their order.
+class Parts {
+ public:
+  Parts(const Bf16Term* terms, int count) : term_(terms), end_(terms + count) {}
+
+  // Those of the next P; none behind the last.
+  int next(Part* parts) {
+    int count = 0;
+    for (int64_t depth = 0; term_ < end_ && count < kMostParts; ++count) {
+      if (c_ >= term_->inner) {
+        ++term_, c_ = 0, --count;
+        continue;
+      }
+      const int64_t n = depth_at(term_->inner, c_);
+      if (count > 0 && depth + padded(n, kTileInner) > kMostDepth) break;
+      parts[count] = {term_, c_, n, depth};
+      depth += padded(n, kTileInner);
+      c_ += n;
+    }
+    return count;
+  }
+  static constexpr int kMostParts = 8;
+
+ private:
+  const Bf16Term *term_, *end_;
+  int64_t c_ = 0;
+};
 
 }  // namespace
 
@@ -119,44 +155,42 @@ void gemm_bf16(int64_t tokens, int64_t outputs, const Bf16Term* terms, int term_
   const auto& kernels = bf16_kernels();
   parallel_for(spans * groups, grain, [&](int64_t begin, int64_t end) {
     const int64_t panel_count = span / kPanel;
-    float* space = scratch(static_cast<size_t>(kChunk * kSpan + (group_tokens + kDepth / 2) * span +
+    float* space = scratch(static_cast<size_t>(kChunk * kSpan + (group_tokens + kMostDepth / 2) * span +
                                                panel_count * scale_floats));
     float* sums = space + kChunk * kSpan;  // [panel][kPanel tokens][kPanel][kPanel]
-    Bits* tiles = reinterpret_cast<Bits*>(sums + group_tokens * span);  // [panel][kDepth * kPanel]
-    float* scale_space = sums + (group_tokens + kDepth / 2) * span;
+    Bits* tiles = reinterpret_cast<Bits*>(sums + group_tokens * span);  // [panel][kMostDepth * kPanel]
+    float* scales = sums + (group_tokens + kMostDepth / 2) * span;      // [panel][scale_floats], of one term
     alignas(64) char saved[kSavedBytes];
     kernels.begin(saved);
     for (int64_t task = begin; task < end; ++task) {
       const auto [column, width, row, rows] = piece_of(task, groups, span, outputs, group_tokens, tokens);
       if (rows <= 0) continue;
       if (inner == 0) std::fill(sums, sums + group_tokens * span, 0.0f);
+      Parts all(terms, term_count);
+      Part parts[Parts::kMostParts];
+      Stretch stretches[Parts::kMostParts];
       bool first = true;
-      for (int i = 0; i < term_count; ++i) {
-        const Bf16Term& term = terms[i];
-        const float* scales[kGroup] = {};
-        for (int64_t m = 0; m < width; m += kPanel) {
-          scales[m / kPanel] = panel_scales(term.right, column + m, std::min(kPanel, width - m),
-                                            scale_space + m / kPanel * scale_floats);
-        }
-        for (int64_t c = 0; c < term.inner; c += kDepth) {
-          const int64_t count = std::min(kDepth, term.inner - c);
-          decode_span(term, column, width, c, count, scales, space, tiles);
-          for (int64_t m = 0; m < width; m += kPanel) {
-            for (int64_t t = 0; t < rows; t += kPanel) {
-              const int64_t height = std::min(kPanel, rows - t), across = std::min(kPanel, width - m);
-              const Tiles left{term.left + left_offset(tokens, term.inner, row + t, c),
-                               left_stride(term.inner, c), kTileElements, true};
-              const Tiles right{tiles + m * kDepth, kTileElements, 2 * kTileElements, false};
-              const int64_t steps = ceil_div(count, kTileInner);
-              float* to = sums + m * group_tokens + t * kPanel;
-              if (transposed) {
-                kernels.multiply(right, across, left, height, steps, first, to);
-              } else {
-                kernels.multiply(left, height, right, across, steps, first, to);
-              }
-            }
+      for (int count; (count = all.next(parts)) > 0; first = false) {
+        for (int i = 0; i < count; ++i) {
+          const auto& [term, c, n, before] = parts[i];
+          for (int64_t m = 0; c == 0 && m < width; m += kPanel) {
+            panel_scales(term->right, column + m, std::min(kPanel, width - m),
+                         scales + m / kPanel * scale_floats);
           }
-          first = false;
+          decode_span(*term, column, width, c, n, scales, scale_floats, space, tiles + before * kPanel);
+        }
+        for (int64_t m = 0; m < width; m += kPanel) {
+          for (int64_t t = 0; t < rows; t += kPanel) {
+            const int64_t height = std::min(kPanel, rows - t), across = std::min(kPanel, width - m);
+            for (int i = 0; i < count; ++i) {
+              const auto& [term, c, n, before] = parts[i];
+              stretches[i] = {term->left + left_offset(tokens, term->inner, row + t, c),
+                              left_stride(term->inner, c), ceil_div(n, kTileInner)};
+            }
+            kernels.multiply(stretches, count, tiles + m * kMostDepth, transposed,
+                             transposed ? across : height, transposed ? height : across, first,
+                             sums + m * group_tokens + t * kPanel);
+          }
         }
       }
       for (int64_t t = 0; t < rows; t += kPanel) {  // the panels of a row side by side

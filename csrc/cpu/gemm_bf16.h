@@ -15,10 +15,11 @@
 // tokens are `rows`. Left factors are packed tile by tile, [inner / kDepth][token / 16][inner % kDepth / 32]
 // [tile], so that what meets a P lies together (left_offset), P [panel][inner / 32][half of the panel][tile].
 //
-// A task is kSpan outputs (of few tokens: a panel) and a group of the tokens. Its P of kDepth inner elements
-// (128 KiB), its sums and the left factor's part that meets that P stay in L2, so that W0 is decoded once for
-// up to kMostTokens tokens. Every sum has one order, whatever the number of threads: in a tile by the unit,
-// then over tiles, kDepths and terms.
+// A task is kSpan outputs (of few tokens: a panel) and a group of the tokens. Its P of up to kMostDepth inner
+// elements (of kDepth and 128 outputs 128 KiB), its sums and the left factors' parts that meet that P stay in
+// L2, so that W0 is decoded once for up to kMostTokens tokens. A P may hold several terms: the sums of a
+// panel are loaded and stored once for all of it. Every sum has one order, whatever the number of threads: in
+// a tile by the unit, then over tiles and terms.
 //
 // Factors that are not bf16 (float32 adapters, s'·h, g) are split into bf16 parts, v = part 0 + part 1 + part
 // 2 + ...: two keep 16 bits of v, three all 24. A product of split factors is several terms. An infinity has
@@ -34,6 +35,7 @@ namespace lk::cpu {
 constexpr int64_t kTileTokens = 16, kTileInner = 32;
 constexpr int64_t kTileElements = kTileTokens * kTileInner;
 constexpr int64_t kDepth = 4 * kChunk;
+constexpr int64_t kMostDepth = kDepth + 192;  // a panel of that many fits the first level of cache
 constexpr int64_t kSpan = kGroup * kPanel;
 constexpr int64_t kMostTokens = 512;
 
@@ -45,10 +47,16 @@ inline int64_t packed_bf16(int64_t tokens, int64_t inner) {
   return padded(tokens, kTileTokens) * padded(inner, kTileInner);
 }
 
+// How many inner elements are taken together from `c` on, a multiple of kDepth: kDepth, and what little is
+// behind the last.
+inline int64_t depth_at(int64_t inner, int64_t c) {
+  return inner - c <= kDepth + kChunk ? inner - c : kDepth;
+}
+
 // Where the tile of `token` and inner element `c` is, multiples of kTileTokens and kDepth; the next
 // kTileInner inner elements are kTileElements behind, the next kTileTokens tokens left_stride.
 inline int64_t left_stride(int64_t inner, int64_t c) {
-  return kTileTokens * padded(std::min(kDepth, inner - c), kTileInner);
+  return kTileTokens * padded(depth_at(inner, c), kTileInner);
 }
 inline int64_t left_offset(int64_t tokens, int64_t inner, int64_t token, int64_t c) {
   return c * padded(tokens, kTileTokens) + token / kTileTokens * left_stride(inner, c);
@@ -109,11 +117,12 @@ void gemm_bf16(int64_t tokens, int64_t outputs, const Bf16Term* terms, int term_
 // Whether this process uses bf16 units (isa.h).
 bool has_bf16_units();
 
-// Two tiles deep: the first tile of a step is at data + step * next_step, the second next_tile behind it.
-struct Tiles {
-  const Bits* data;
-  int64_t next_tile, next_step;
-  bool far;  // its tiles follow one another and lie in the second level of cache rather than the first
+// A part of the inner dimension, `steps` tiles long: where the first 16 tokens' tiles of it begin, one behind
+// the other, and how far behind them those of the next 16 tokens.
+struct Stretch {
+  const Bits* left;
+  int64_t next_tile;
+  int64_t steps;
 };
 
 // What differs between the units.
@@ -121,22 +130,25 @@ struct Bf16Kernels {
   // Before and after the products of a task.
   void (*begin)(void* saved);
   void (*end)(const void* saved);
-  // sums [kPanel][kPanel] (+)= rows · pairs over `steps` tiles; of up to two tiles each, only as many as the
-  // first `row_count` and `column_count` sums need.
-  void (*multiply)(const Tiles& rows, int64_t row_count, const Tiles& pairs, int64_t column_count,
-                   int64_t steps, bool first, float* sums);
+  // sums [kPanel][kPanel] (+)= rows · pairs over all stretches; of up to two tiles each, only as many as the
+  // first `row_count` and `column_count` sums need. panel: the P that meets the stretches, one behind the
+  // other; it is `rows`, and the left factor `pairs`, or the other way round.
+  void (*multiply)(const Stretch* stretches, int stretch_count, const Bits* panel, bool panel_is_rows,
+                   int64_t row_count, int64_t column_count, bool first, float* sums);
 };
 constexpr size_t kSavedBytes = 64;  // what `begin` saves
 
 namespace avx512bf16 {
 // Part `part` of the right factor, outputs [output, output + width), inner dimension [inner, inner + count),
-// up to kDepth -> P, one panel kDepth * kPanel behind the other. The inner dimension is filled up to a
-// multiple of kTileInner with zeros, the outputs of a panel with anything finite. width: up to kPanel where
+// up to kMostDepth -> P, one panel kMostDepth * kPanel behind the other. The inner dimension is filled up to
+// a multiple of kTileInner with zeros, the outputs of a panel with anything finite. width: up to kPanel where
 // the rows are the outputs, up to kSpan where not. scales: see GemmKernels. space: kChunk * kSpan floats.
 void decode(const Right& right, int64_t output, int64_t width, int64_t inner, int64_t count, int part,
             const float* scales, float* space, Bits* tiles);
 // 16 x 16 dwords, in place: one layout of a tile from the other.
 void transpose_tile(Bits* tile);
+// kTileInner elements of `rows` rows -> a tile, zeros behind the last row.
+void copy_tile(const Bits* from, int64_t stride, int64_t rows, Layout layout, Bits* tile);
 // [kPanel][kPanel], in place.
 void transpose_sums(float* sums);
 // sums [kPanel][kPanel], of tokens or, transposed, of outputs -> a bf16 output's columns [column, column +
