@@ -146,9 +146,10 @@ void gemm_bf16(int64_t tokens, int64_t outputs, const Bf16Term* terms, int term_
     if (m.nf4 != nullptr) scale_floats = std::max(scale_floats, kPanel * row_blocks(m) + kScalesBehind);
   }
   const int64_t span = tokens <= kSpan && transposed ? kPanel : kSpan, spans = ceil_div(outputs, span);
-  // Few tokens leave little to keep P for, and narrow spans more to share among threads. Where there are few
-  // spans the tokens are cut into groups, each of which decodes P for itself.
-  const int64_t groups = std::min(ceil_div(tokens, kSpan), ceil_div(16, spans));
+  // Few tokens leave little to keep P for, and narrow spans more to share among threads. Many tokens are cut
+  // into groups, each of which decodes P for itself: at most kMostTokens, and where there are few spans less.
+  const int64_t groups =
+      std::max(ceil_div(tokens, kMostTokens), std::min(ceil_div(tokens, kSpan), ceil_div(16, spans)));
   const int64_t group_tokens = padded(ceil_div(tokens, groups), kPanel);
   const int64_t grain = std::max<int64_t>(1, kTaskWork / std::max<int64_t>(1, group_tokens * span * inner));
   const auto& decoder = gemm_kernels();

@@ -74,9 +74,9 @@ extern "C" const char* lk_cpu_lora_linear_kernel(int64_t tokens, int dtype, cons
                                                  int64_t* forward_tokens, int64_t* backward_tokens) {
   using namespace lk::cpu;
   const Product product = product_for(tokens, dtype, *base);
-  const auto block = product == Product::gemm_bf16 ? block_tokens_bf16 : block_tokens;
-  *forward_tokens = block(base->in_features);
-  *backward_tokens = block(base->out_features);
+  const bool bf16 = product == Product::gemm_bf16;
+  *forward_tokens = bf16 ? kMostTokens : block_tokens(base->in_features);
+  *backward_tokens = bf16 ? kMostTokens : block_tokens(base->out_features);
   return product == Product::few_tokens ? "few_tokens" : product == Product::gemm ? "gemm" : "gemm_bf16";
 }
 
