@@ -58,10 +58,10 @@ def test_explain_names_backend_kernel_and_workspace(quantize):
             assert "C++ gemm (avx512)" in lk.explain(layer, tokens=5)
     if "avx512bf16" in CPU_ISAS:
         with variant("cpu-avx512bf16"):
-            assert "C++ gemm_bf16 (avx512bf16): blocks of up to 512 tokens" in lk.explain(layer, tokens=5)
+            assert "C++ gemm_bf16 (avx512bf16): blocks of up to 512 tokens" in lk.explain(layer, tokens=48)
             wide = torch.empty(14336, 4096, dtype=torch.bfloat16)
-            text = lk.explain(wide, tokens=5)
-            assert "blocks of up to 512 (backward 288) tokens" in text
+            text = lk.explain(wide, tokens=47)
+            assert "C++ gemm (avx512bf16): blocks of up to 384 (backward 144) tokens" in text
     with lk.use_backend("reference"):
         assert "backend: reference" in lk.explain(layer.base_weight(), 1, torch.float32)
 

@@ -50,8 +50,11 @@ class Crossover(NamedTuple):
     why: str
 
 
-# Everywhere else the fused kernels win for every T: on a Xeon without AMX (family 6, model 207, 2 cores, NF4
-# 4096x4096, r = 16) torch's bf16 GEMM does 168 GFLOP/s, the fp32 kernels 270 to 290.
+# Everywhere else the fused kernels win for every T. On a Xeon without AMX (family 6, model 207, 2 cores, NF4
+# 4096x4096, r = 16) torch's bf16 GEMM does 168 GFLOP/s, the fp32 kernels 270 to 290. On one with AMX
+# gemm_bf16 takes 0.65 to 1.01 times as long as dense F.linear alone for 8 to 2048 tokens, backward 0.82 to
+# 1.10 times dx alone, panels 1.12 to 2.48 times
+# (bench/results/intel-xeon-processor-amx-2c/2026-11-28_233721_crossovers.md).
 CROSSOVERS = (
     Crossover(
         torch.bfloat16,
@@ -59,15 +62,6 @@ CROSSOVERS = (
         tokens=12,
         why="on two cores of a Zen 5 torch's bf16 GEMM does 800 GFLOP/s and a 4096x4096 weight is decoded in "
         "0.9 ms, measured; the vdpbf16ps kernels there: not measured",
-    ),
-    Crossover(
-        torch.bfloat16,
-        isa="amx",
-        tokens=2048,
-        why="on two cores of a Xeon with AMX, NF4 4096x4096, gemm_bf16 and panels take 1.03 and 1.15 times "
-        "the time of dense F.linear alone for 1024 tokens, 1.14 and 1.02 for 2048, backward "
-        "1.30 and 1.29, 1.14 and 1.06 times that of dx alone "
-        "(bench/results/intel-xeon-processor-amx-2c/2026-11-28_090501_crossovers.md)",
     ),
 )
 
@@ -139,7 +133,7 @@ dora_linear_backward = functools.partial(composed.dora_linear_backward, _compose
 
 
 _FUSED = {
-    "few_tokens": "C++ few_tokens ({isa}): each cache line of codes is decoded in registers and used at "
+    "few_tokens": "C++ few_tokens ({isa}): each 64 bytes of codes are decoded in registers and used at "
     "once, for all tokens",
     "gemm": "C++ gemm ({isa}): blocks of up to {block} tokens; W0 is decoded into L1, 32 outputs x 128 "
     "inputs at a time, for the whole block, and the LoRA product is a second term of the same fp32 sum",
