@@ -12,11 +12,11 @@ _DECODED = [
     (
         "tiles of another token",
         BLOCKING,
-        "(row + t) / kTileTokens * stride",
-        "t / kTileTokens * stride",
+        "left_offset(tokens, term->inner, row + t, c)",
+        "left_offset(tokens, term->inner, t, c)",
         EDGES,
     ),
-    ("a depth forgets the sums before it", BLOCKING, "          first = false;\n", "", EDGES),
+    ("a depth forgets the sums before it", BLOCKING, "first = false) {", "first = true) {", EDGES),
     (
         "dropout of another row of bf16 tiles",
         BLOCKING,
@@ -24,13 +24,35 @@ _DECODED = [
         "dropout.first + c",
         "tests/test_lora_linear.py",
     ),
-    ("scales of the first panel", BLOCKING, "scale_space + m / kPanel * scale_floats", "scale_space", EDGES),
+    (
+        "scales of the first panel",
+        BLOCKING,
+        "scales + m / kPanel * scale_floats, space",
+        "scales, space",
+        EDGES,
+    ),
     (
         "a block's table for the whole row",
         DECODING,
-        "scale[(inner + c) >> shift]",
-        "scale[inner >> shift]",
+        "from < end; ++scale) {",
+        "from < end;) {",
         EDGES,
+    ),
+    ("a term meets the P of the one before", BLOCKING, "tiles + before * kPanel)", "tiles)", EDGES),
+    (
+        "tokens behind the last are not zero",
+        DECODING,
+        "i < rows ? _mm512_loadu_ps",
+        "true ? _mm512_loadu_ps",
+        EDGES,
+    ),
+    ("the bias of the first columns", DECODING, "_mm512_load_ps(bias + 16)", "_mm512_load_ps(bias)", EDGES),
+    (
+        "dx forgets the adapter's part",
+        DECODING,
+        "if (out.accumulate) {",
+        "if (false) {",
+        "tests/test_lora_linear.py",
     ),
     (
         "two rows share a scale",
@@ -52,10 +74,11 @@ _AMX = [
     (
         "the second tile of columns is the first",
         AMX,
-        "_tile_loadd(7, right + pairs.next_tile, 64);",
-        "_tile_loadd(7, right, 64);",
+        "_tile_loadd(7, pairs + pair_tile, 64);",
+        "_tile_loadd(7, pairs, 64);",
         EDGES,
     ),
+    ("stretches meet the first one's P", AMX, "    panel += steps * 2 * kTileElements;\n", "", EDGES),
     ("sums are not loaded", AMX, "  if (first) {", "  if (true) {", EDGES),
 ]
 

@@ -136,8 +136,9 @@ def test_masks_of_rows_of_odd_sizes(k, kernels):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_several_blocks_of_tokens(dtype, kernels):
-    """More tokens than share one decoding of W0: masks, and sums of dA and dB, go on from block to block."""
-    check(900, 48, 64, 8, dtype=dtype, kind="gelu", p=0.2)
+    """Masks, and sums of dA and dB, go on from block to block (up to 384 tokens; of bf16 units 4096)."""
+    tokens = 4200 if kernels in FUSED_ON_A_CPU else 900
+    check(tokens, 48, 64, 8, dtype=dtype, kind="gelu", p=0.2)
 
 
 @pytest.mark.parametrize("blocksize", reference.NF4_BLOCKSIZES)
@@ -188,13 +189,15 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(kernels):
 @pytest.mark.parametrize("nf4", [True, False])
 @pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
 def test_every_edge_of_the_tiles_of_bf16_units(nf4, adapter_dtype, kernels):
-    """Counts beside a tile (16, 32), a panel (32), a span (128), a depth (512), a block of tokens (512)."""
+    """Counts beside a tile (16, 32), a panel (32), a span (128), a depth (512, or 640 at the end), a group of
+    tokens (512); terms that share a P and, of a large rank, that do not."""
     for t, n, k, r in (
         (6, 31, 576, 3),
         (17, 33, 1056, 33),
         (33, 129, 128, 16),
         (129, 300, 544, 5),
         (530, 48, 64, 8),
+        (65, 640, 672, 300),
     ):
         check(
             t,
