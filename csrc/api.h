@@ -98,7 +98,7 @@ typedef struct lk_adapter {
 // dtype, y and h contiguous. `workspace` has the bytes that lk_cpu_lora_linear_workspace says.
 int lk_cpu_lora_linear(const lk_matrix* x, int64_t tokens, const lk_base_weight* base,
                        const lk_adapter* adapter, const lk_matrix* bias, void* y, void* h, void* workspace);
-int64_t lk_cpu_lora_linear_workspace(int64_t tokens, int64_t in_features, int64_t rank);
+int64_t lk_cpu_lora_linear_workspace(int64_t tokens, int dtype, int64_t in_features, int64_t rank);
 
 // The kernel that lora_linear and its backward take for so many tokens of `dtype` and such a base:
 // "few_tokens", "gemm" or "gemm_bf16"; and how many tokens share one decoding of W0.
@@ -117,8 +117,8 @@ typedef struct lk_gradients {
 int lk_cpu_lora_linear_backward(const lk_matrix* dy, int64_t tokens, const lk_matrix* x, const lk_matrix* h,
                                 const lk_base_weight* base, const lk_adapter* adapter,
                                 const lk_gradients* gradients, void* workspace);
-int64_t lk_cpu_lora_linear_backward_workspace(int64_t tokens, int64_t out_features, int64_t in_features,
-                                              int64_t rank, int has_dropout);
+int64_t lk_cpu_lora_linear_backward_workspace(int64_t tokens, int dtype, int64_t out_features,
+                                              int64_t in_features, int64_t rank, int has_dropout);
 
 // lora_linear without dropout for few tokens on a GPU, in one launch on `stream`. `workspace` and `counters`
 // have the sizes that `scratch` says; the counters are zero before and after. `clustered`: the slices of K

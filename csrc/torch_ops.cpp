@@ -129,17 +129,18 @@ static PyObject* lora_linear_kernel(PyObject*, PyObject* args) {
 
 static PyObject* lora_linear_workspace(PyObject*, PyObject* args) {
   long long tokens, in_features, rank;
-  if (!PyArg_ParseTuple(args, "LLL", &tokens, &in_features, &rank)) return nullptr;
-  return PyLong_FromLongLong(lk_cpu_lora_linear_workspace(tokens, in_features, rank));
+  int dtype;
+  if (!PyArg_ParseTuple(args, "LiLL", &tokens, &dtype, &in_features, &rank)) return nullptr;
+  return PyLong_FromLongLong(lk_cpu_lora_linear_workspace(tokens, dtype, in_features, rank));
 }
 
 static PyObject* lora_linear_backward_workspace(PyObject*, PyObject* args) {
   long long tokens, out_features, in_features, rank;
-  int has_dropout;
-  if (!PyArg_ParseTuple(args, "LLLLp", &tokens, &out_features, &in_features, &rank, &has_dropout))
+  int dtype, has_dropout;
+  if (!PyArg_ParseTuple(args, "LiLLLp", &tokens, &dtype, &out_features, &in_features, &rank, &has_dropout))
     return nullptr;
   return PyLong_FromLongLong(
-      lk_cpu_lora_linear_backward_workspace(tokens, out_features, in_features, rank, has_dropout));
+      lk_cpu_lora_linear_backward_workspace(tokens, dtype, out_features, in_features, rank, has_dropout));
 }
 
 static PyObject* optim_state_layout(PyObject*, PyObject* args) {

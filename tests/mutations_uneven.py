@@ -44,6 +44,13 @@ _AVX512 = [
         "~__mmask64{0}",
         UNEVEN + " -k behind",
     ),
+    (
+        "a gather behind the last scale",
+        AVX512,
+        "i + 16 <= count && (count - i - 16) * stride >= 3",
+        "i + 16 < count",
+        UNEVEN + " -k behind",
+    ),
     ("columns of one block", AVX512, "next >= kPanel ? 0 : ~0u << next", "0", UNEVEN),
     ("columns behind the last", AVX512, "(1u << bytes) - 1)", "0xffffu)", UNEVEN + " -k behind"),
     ("lines start with their blocks", FEW, "(start + line * kLine) & ", "(line * kLine) & ", UNEVEN),

@@ -11,7 +11,8 @@ from variants import FUSED_ON_A_CPU, ROUNDS_WEIGHTS, VARIANTS, variant
 
 import lora_kernels as lk
 from lora_kernels import panels, reference
-from lora_kernels.backends import use_backend
+from lora_kernels.backends import native, use_backend
+from lora_kernels.backends.native import CPU_ISAS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -288,6 +289,19 @@ def test_the_workspace_is_a_panel_and_not_the_weight(monkeypatch):
     with variant("cpu-panels"):
         case.computed()
     assert sizes and max(sizes) <= 256 << 10
+
+
+@pytest.mark.parametrize("isa", CPU_ISAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_workspaces_do_not_grow_with_the_tokens(dtype, isa):
+    """Two blocks of 8 MiB at most (of x and dy packed, and of x dropped) and fp32 sums of dA and dB."""
+    code, n, k, r, p = native.DTYPE_CODES[dtype], 4096, 4096, 16, True
+    with variant(f"cpu-{isa}"):
+        for tokens in (2048, 1 << 20):
+            assert native._C.lora_linear_workspace(tokens, code, k, r) <= 9 << 20
+            assert native._C.lora_linear_backward_workspace(tokens, code, n, k, r, p) <= 18 << 20
+        small = native._C.lora_linear_backward_workspace(1 << 20, code, 576, 4096, r, p)
+        assert small <= 18 << 20  # x dropped is as wide as K, whatever N is
 
 
 @pytest.mark.parametrize("n, fails", [(64, True), (0, False)], ids=["an error", "no row"])

@@ -20,6 +20,8 @@ from lora_kernels.backends.native import CPU_ISAS
 # and than a chunk (128) and a depth (512) of the inner dimension.
 SHAPES = ((70, 1000), (37, 1002), (35, 1001), (131, 200), (9, 72), (5, 8), (66, 602), (3, 2), (40, 576))
 TOKENS = (1, 3, 4, 9, 40)
+# And rows of one block or two, whose scales are gathered: a gather reads more than the code it is after.
+FEW_BLOCKS = ((17, 64), (18, 64), (33, 64), (17, 128), (34, 128), (19, 192))
 PROT_NONE = 0  # of mprotect(2); mmap has no name for it
 
 
@@ -80,7 +82,7 @@ def before_a_guard_page(tensor: torch.Tensor) -> torch.Tensor:
 def read_to_the_last_byte(isa: str) -> None:
     torch.manual_seed(0)
     with variant(f"cpu-{isa}"):
-        for shape in SHAPES:
+        for shape in (*SHAPES, *FEW_BLOCKS):
             for tokens in TOKENS:
                 for double_quant in (False, True):
                     case = uneven_case(tokens, *shape, 64, torch.bfloat16, double_quant)

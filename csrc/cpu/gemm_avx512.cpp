@@ -168,8 +168,8 @@ void strided_scales(const lk_nf4_weight& w, int64_t first, int64_t stride, int64
     }
   } else {
     const __m512 offset = _mm512_set1_ps(*w.offset);
-    // One row fewer than there are: a gather of the last code would read three bytes behind it.
-    for (; i + 16 < count; i += 16) {
+    // A gather reads three bytes behind its last code, which the rows after it must have.
+    for (; i + 16 <= count && (count - i - 16) * stride >= 3; i += 16) {
       const int64_t block = first + i * stride, nested = block / nf4::kNestedBlock;
       const __m512i in_nested =
           _mm512_add_epi32(offsets, _mm512_set1_epi32(static_cast<int>(block % nf4::kNestedBlock)));

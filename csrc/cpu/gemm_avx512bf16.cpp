@@ -198,7 +198,8 @@ LK_INLINE __m512i bf16_table(float first, float second) {
 }
 
 // What is decoded after the codes of a row from inner element `inner` on, kDepth of them: the next ones, or
-// behind the row's end the first of the row a panel further, which a thread mostly takes next.
+// behind the row's end the first of the row a panel further, which a thread mostly takes
+// next where tokens are few and decoding counts.
 LK_INLINE const uint8_t* next_codes(const Matrix& m, const uint8_t* codes, int64_t inner) {
   const int64_t left = m.cols - inner;
   return codes + (left > kDepth ? kDepth : left + (kPanel - 1) * m.cols) / 2;

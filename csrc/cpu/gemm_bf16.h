@@ -15,15 +15,16 @@
 // tokens are `rows`. Left factors are packed tile by tile, [inner / kDepth][token / 16][inner % kDepth / 32]
 // [tile], so that what meets a P lies together (left_offset), P [panel][inner / 32][half of the panel][tile].
 //
-// A task is kSpan outputs (of few tokens: a panel) and a group of the tokens. Its P of up to kMostDepth inner
-// elements (of kDepth and 128 outputs 128 KiB), its sums and the left factors' parts that meet that P stay in
-// L2, so that W0 is decoded once for up to kMostTokens tokens. A P may hold several terms: the sums of a
-// panel are loaded and stored once for all of it. Every sum has one order, whatever the number of threads: in
-// a tile by the unit, then over tiles and terms.
+// A task is kSpan outputs (in the forward of few tokens: a panel) and a group of the tokens. Its P of up to
+// kMostDepth inner elements (of kDepth and 128 outputs 128 KiB), its sums and the left factors' parts that
+// meet that P stay in L2, so that W0 is decoded once for up to kMostTokens tokens. A P may hold several terms:
+// the sums of a panel are loaded and stored once for all of it. Every sum has one order, whatever the number
+// of threads: in a tile by the unit, then over tiles and terms.
 //
 // Factors that are not bf16 (float32 adapters, s'·h, g) are split into bf16 parts, v = part 0 + part 1 + part
 // 2 + ...: two keep 16 bits of v, three all 24. A product of split factors is several terms. An infinity has
-// one part; multiplied by the parts of the other factor it may become a NaN.
+// one part; multiplied by the parts of the other factor it may become a NaN. Subnormal numbers count as 0, as
+// the units have it.
 #pragma once
 #include <algorithm>
 #include <cstddef>
@@ -141,7 +142,8 @@ constexpr size_t kSavedBytes = 64;  // what `begin` saves
 namespace avx512bf16 {
 // Part `part` of the right factor, outputs [output, output + width), inner dimension [inner, inner + count),
 // up to kMostDepth -> P, one panel kMostDepth * kPanel behind the other. The inner dimension is filled up to
-// a multiple of kTileInner with zeros, the outputs of a panel with anything finite. width: up to kPanel where
+// a multiple of kTileInner with zeros; outputs behind the last hold anything, which reaches
+// none but their own sums. width: up to kPanel where
 // the rows are the outputs, up to kSpan where not. scales: see GemmKernels. space: kChunk * kSpan floats.
 void decode(const Right& right, int64_t output, int64_t width, int64_t inner, int64_t count, int part,
             const float* scales, float* space, Bits* tiles);

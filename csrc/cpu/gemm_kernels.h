@@ -5,7 +5,7 @@
 //                zero(), load(p), store(p, v), broadcast(p), fma(a, b, c) = a*b + c,
 //                transpose(from, stride, to, to_stride) of kLanes x kLanes floats }
 //
-// Conversions and decoding here are plain loops, which the compiler vectorises; an instruction set overrides
+// Conversions here are plain loops, which the compiler vectorises; an instruction set overrides
 // what it can do better.
 
 // ---- packing ----

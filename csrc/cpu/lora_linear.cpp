@@ -2,9 +2,9 @@
 //
 // By blocks of tokens: x is packed once as fp32, h is one small product of it, and y is one product with two
 // terms, (x, W0) and (s'·h, B), whose fp32 sum gets the bias and is rounded once (gemm.h). So W0 is read and
-// decoded once for a block of tokens, and nothing is written but h and y. On bf16 units (gemm_bf16.h) x is
-// packed as it is, and s'·h and float32 adapters in bf16 parts.
-// Operations: 2·T·N·K, and 2·T·r·(N + K) for the adapter; bytes: W0 once (0.52 a weight in NF4), x, y and h.
+// decoded once for a block of tokens (on bf16 units for kMostTokens), and nothing is written but h and y. On
+// bf16 units (gemm_bf16.h) x is packed as it is, and s'·h and float32 adapters in bf16 parts. Operations:
+// 2·T·N·K, and 2·T·r·(N + K) for the adapter; bytes: W0 once (0.52 a weight in NF4), x, y and h.
 #include "lora_linear.h"
 
 #include "convert.h"
@@ -61,13 +61,15 @@ void bf16_units(const Matrix& x, const Matrix& W, const lk_adapter& adapter, con
 }  // namespace
 }  // namespace lk::cpu
 
-extern "C" int64_t lk_cpu_lora_linear_workspace(int64_t tokens, int64_t in_features, int64_t rank) {
+extern "C" int64_t lk_cpu_lora_linear_workspace(int64_t tokens, int dtype, int64_t in_features,
+                                                int64_t rank) {
   using namespace lk::cpu;
   const int64_t block = std::min(tokens, block_tokens(in_features));
   const int64_t planes = tokens <= kFewTokens ? Workspace::bytes(4 * tokens * padded(in_features, kLine)) : 0;
   const int64_t fp32 =
       Workspace::bytes(4 * packed_x(tokens, in_features)) + planes + Workspace::bytes(4 * block * rank);
-  return std::max(fp32, workspace_bf16(tokens, in_features, rank));
+  const int64_t bf16_tokens = std::min(tokens, block_tokens_bf16(in_features));
+  return may_use_bf16_units(dtype) ? std::max(fp32, workspace_bf16(bf16_tokens, in_features, rank)) : fp32;
 }
 
 extern "C" const char* lk_cpu_lora_linear_kernel(int64_t tokens, int dtype, const lk_base_weight* base,

@@ -15,13 +15,16 @@ inline int64_t block_tokens(int64_t inner) {
   return std::clamp<int64_t>(fit / kTile * kTile, 4 * kTile, 32 * kTile);
 }
 
-// The same of gemm_bf16, of 8 MiB too, but at least as many as share one decoding of W0 there.
+// Of gemm_bf16: as many of 8 MiB, or the kMostTokens that share one decoding of W0 where those are more.
 inline int64_t block_tokens_bf16(int64_t inner) {
   const int64_t fit = (int64_t{8} << 20) / (2 * std::max<int64_t>(inner, 1));
   return std::clamp<int64_t>(fit / kPanel * kPanel, kMostTokens, 8 * kMostTokens);
 }
 
 inline int64_t dtype_size(int dtype) { return dtype == LK_F32 ? 4 : 2; }
+
+// Whether products of tokens of `dtype` may take gemm_bf16 here, which decides how large a workspace must be.
+inline bool may_use_bf16_units(int dtype) { return dtype == LK_BF16 && has_bf16_units(); }
 
 inline bool supported(int dtype) { return dtype >= LK_F32 && dtype <= LK_BF16; }
 
@@ -44,9 +47,9 @@ constexpr int64_t kFewestForDotProducts = 48;
 
 inline Product product_for(int64_t tokens, int dtype, const lk_base_weight& base) {
   if (few_tokens(tokens, base_matrix(base))) return Product::few_tokens;
-  const bool bf16 = dtype == LK_BF16 && (base.nf4 != nullptr || base.dense.dtype == LK_BF16);
+  const bool bf16 = may_use_bf16_units(dtype) && (base.nf4 != nullptr || base.dense.dtype == LK_BF16);
   const int64_t fewest = isa() >= Isa::amx ? 0 : kFewestForDotProducts;
-  return bf16 && has_bf16_units() && tokens >= fewest ? Product::gemm_bf16 : Product::gemm;
+  return bf16 && tokens >= fewest ? Product::gemm_bf16 : Product::gemm;
 }
 
 // Rows [first, first + rows).
@@ -75,12 +78,11 @@ class Workspace {
   char* at_;
 };
 
-// What gemm_bf16 needs for the left factors of a block of tokens: [tokens, inner] and [tokens, rank] in
-// parts.
+// What gemm_bf16 needs for the left factors of so many tokens: [tokens, inner], and [tokens, rank] in parts.
 inline int64_t workspace_bf16(int64_t tokens, int64_t inner, int64_t rank) {
-  const int64_t block = std::min(tokens, block_tokens_bf16(inner)), size = sizeof(Bits);
-  return Workspace::bytes(size * packed_bf16(block, inner)) +
-         Workspace::bytes(size * kLeftParts * packed_bf16(block, rank));
+  const int64_t size = sizeof(Bits);
+  return Workspace::bytes(size * packed_bf16(tokens, inner)) +
+         Workspace::bytes(size * kLeftParts * packed_bf16(tokens, rank));
 }
 
 }  // namespace lk::cpu

@@ -5,7 +5,8 @@
 // By blocks of tokens: dy is packed once as fp32 and serves g and dx; without dropout dx is one product with
 // two terms, (g, A) and (dy, W0), rounded once. With it g·A is stored in dx, masked there, and the base
 // product is added to it. dA and dB are summed in fp32 over the blocks, in their order, and rounded once.
-// Operations: 2·T·N·K for dx, 2·T·r·(2K + 2N) for the rest; bytes: W0 once a block, dy, x, h, dx.
+// Operations: 2·T·N·K for dx, 2·T·r·(2K + 2N) for the rest; bytes: W0 once a block (on bf16 units
+// once for kMostTokens), dy, x, h, dx.
 #include <cstring>
 
 #include "half.h"
@@ -151,18 +152,32 @@ void bf16_products(const Block& block, Workspace space) {
 }  // namespace
 }  // namespace lk::cpu
 
-extern "C" int64_t lk_cpu_lora_linear_backward_workspace(int64_t tokens, int64_t out_features,
+namespace lk::cpu {
+namespace {
+
+// dy is packed, and x dropped, by blocks of so many tokens.
+int64_t block_tokens_of(Product product, int64_t n, int64_t k) {
+  return product == Product::gemm_bf16 ? block_tokens_bf16(std::max(n, k)) : block_tokens(n);
+}
+
+}  // namespace
+}  // namespace lk::cpu
+
+extern "C" int64_t lk_cpu_lora_linear_backward_workspace(int64_t tokens, int dtype, int64_t out_features,
                                                          int64_t in_features, int64_t rank, int has_dropout) {
   using namespace lk::cpu;
-  const int64_t block =
-      std::min(tokens, std::max(block_tokens(out_features), block_tokens_bf16(out_features)));
-  const int64_t low = Workspace::bytes(4 * block * rank);
-  const int64_t sums = Workspace::bytes(4 * rank * in_features) + Workspace::bytes(4 * rank * out_features);
-  const bool x_rows = has_dropout || tokens <= kFewTokens;
-  const int64_t dropped = x_rows ? Workspace::bytes(4 * block * in_features) : 0;
-  const int64_t fp32 =
-      Workspace::bytes(4 * std::min(tokens, block_tokens(out_features)) * out_features) + low;
-  return 3 * low + sums + dropped + std::max(fp32, workspace_bf16(tokens, out_features, rank));
+  const int64_t n = out_features, k = in_features;
+  const int64_t sums = Workspace::bytes(4 * rank * k) + Workspace::bytes(4 * rank * n);
+  const auto needs = [&](Product product) {
+    const int64_t block = std::min(tokens, block_tokens_of(product, n, k));
+    const int64_t low = Workspace::bytes(4 * block * rank);
+    const int64_t row = tokens <= kFewTokens ? 4 : has_dropout ? dtype_size(dtype) : 0;
+    const int64_t packed = product == Product::gemm_bf16 ? workspace_bf16(block, n, rank)
+                                                         : Workspace::bytes(4 * block * n) + low;
+    return 3 * low + sums + Workspace::bytes(row * block * k) + packed;
+  };
+  const int64_t fp32 = needs(Product::gemm);
+  return may_use_bf16_units(dtype) ? std::max(fp32, needs(Product::gemm_bf16)) : fp32;
 }
 
 extern "C" int lk_cpu_lora_linear_backward(const lk_matrix* dy, int64_t tokens, const lk_matrix* x,
@@ -178,8 +193,7 @@ extern "C" int lk_cpu_lora_linear_backward(const lk_matrix* dy, int64_t tokens, 
   const bool need_dx = gradients->dx != nullptr, need_dA = gradients->dA != nullptr,
              need_dB = gradients->dB != nullptr, drops = adapter->dropout_p > 0;
   const Product product = product_for(tokens, dy->dtype, *base);
-  const int64_t most = product == Product::gemm_bf16 ? block_tokens_bf16(n) : block_tokens(n);
-  const int64_t block = std::min(tokens, most), size = dtype_size(dy->dtype);
+  const int64_t block = std::min(tokens, block_tokens_of(product, n, k)), size = dtype_size(dy->dtype);
   const Matrix A = dense(adapter->lora_A, r, k), B = dense(adapter->lora_B, n, r), W = base_matrix(*base);
   Workspace space(workspace);
   if (product == Product::few_tokens) {
@@ -192,7 +206,7 @@ extern "C" int lk_cpu_lora_linear_backward(const lk_matrix* dy, int64_t tokens, 
   float* h_transposed = space.take<float>(block * r);
   float* dA_sums = space.take<float>(r * k);   // [r, K]
   float* dBt_sums = space.take<float>(r * n);  // [r, N]
-  void* dropped = drops ? space.take<float>(block * k) : nullptr;
+  void* dropped = drops ? space.take<char>(block * k * size) : nullptr;
   const float scale = static_cast<float>(adapter->scaling / (1 - adapter->dropout_p));
   const Matrix g_matrix{g, LK_F32, r, nullptr, block, r};
 

@@ -10,6 +10,7 @@ from lora_kernels import composed, panels
 from lora_kernels.backends import native
 from lora_kernels.backends.native import (
     _C,
+    DTYPE_CODES,
     adamw8bit_step,
     adamw_step,
     cpu_isa,
@@ -66,8 +67,6 @@ CROSSOVERS = (
 )
 
 forced_kernel: str | None = None  # "fused" or "panels": for tests and measurements
-
-_DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/api.h
 
 
 def _kernel(tokens: int, dtype: torch.dtype, *others: Tensor | None) -> tuple[str, str]:
@@ -137,8 +136,8 @@ _FUSED = {
     "once, for all tokens",
     "gemm": "C++ gemm ({isa}): blocks of up to {block} tokens; W0 is decoded into L1, 32 outputs x 128 "
     "inputs at a time, for the whole block, and the LoRA product is a second term of the same fp32 sum",
-    "gemm_bf16": "C++ gemm_bf16 ({isa}): blocks of up to {block} tokens; W0 is decoded to bf16 tiles, 512 "
-    "inputs at a time, for the whole block, and the LoRA product is a second term of the same fp32 sum",
+    "gemm_bf16": "C++ gemm_bf16 ({isa}): blocks of up to {block} tokens; W0 is decoded to bf16 tiles, up to "
+    "640 inputs at a time, for the whole block, and the LoRA product is a second term of the same fp32 sum",
 }
 
 
@@ -148,7 +147,7 @@ def explain(base: BaseWeight, tokens: int, dtype: torch.dtype) -> list[str]:
         lines = panels.explain(base, dtype, decoder=f"C++ nf4_dequantize ({cpu_isa()})")
     else:
         blocksize = base.blocksize if base.quantized else 0
-        code, shape = _DTYPE_CODES[dtype], (base.out_features, base.in_features)
+        code, shape = DTYPE_CODES[dtype], (base.out_features, base.in_features)
         fused, block, backward = _C.lora_linear_kernel(tokens, code, *shape, blocksize)
         if block != backward:
             block = f"{block} (backward {backward})"

@@ -25,6 +25,9 @@ CPU_ISAS = _ALL_ISAS[: _ALL_ISAS.index(_C.cpu_best_isa) + 1]
 
 cpu_isa = _C.cpu_isa  # () -> the one in use
 
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/api.h
+_OTHER_DTYPE = -1  # which the launchers refuse
+
 
 def select_cpu_isa(name: str) -> None:
     """Makes the CPU kernels use the instruction set `name`, in the whole process.
@@ -129,7 +132,9 @@ def lora_linear(
     y: Tensor,
     h: Tensor,
 ) -> None:
-    size = _C.lora_linear_workspace(x.shape[0], x.shape[1], h.shape[1])
+    size = _C.lora_linear_workspace(
+        x.shape[0], DTYPE_CODES.get(x.dtype, _OTHER_DTYPE), x.shape[1], h.shape[1]
+    )
     status = _lora_linear(
         x,
         *(unit_columns(base.data), base.absmax, base.nested_absmax, base.offset, base.blocksize),
@@ -161,7 +166,8 @@ def lora_linear_backward(
     if dx is None and dA is None and dB is None:
         return
     rank = 0 if lora_A is None else lora_A.shape[0]
-    size = _C.lora_linear_backward_workspace(*dy.shape, base.in_features, rank, dropout_p > 0)
+    (tokens, n), dtype = dy.shape, DTYPE_CODES.get(dy.dtype, _OTHER_DTYPE)
+    size = _C.lora_linear_backward_workspace(tokens, dtype, n, base.in_features, rank, dropout_p > 0)
     status = _lora_linear_backward(
         *(dy, x, h),
         *(unit_columns(base.data), base.absmax, base.nested_absmax, base.offset, base.blocksize),
