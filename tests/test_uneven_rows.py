@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from numerics import LIMIT, relative_error, worst_tile
-from test_lora_linear import Case
+from test_lora_linear import Case, assert_threads_do_not_matter
 from variants import FUSED_ON_A_CPU, variant
 
 import lora_kernels as lk
@@ -49,21 +49,11 @@ def test_every_weight_has_its_blocks_scale(shape, dtype, blocksize, kernels):
                 assert worst_tile(out, truth, concentrated=True) <= 4 * limit, where
 
 
+@pytest.mark.parametrize("tokens", [2, 40])
 @pytest.mark.parametrize("k", [1000, 1002])
-def test_results_do_not_depend_on_the_number_of_threads(k, kernels):
-    if kernels not in FUSED_ON_A_CPU:
-        return
-    before = torch.get_num_threads()
-    for tokens in (2, 40):
-        case, results = uneven_case(tokens, 300, k, 64, torch.bfloat16, True), []
-        try:
-            for threads in (1, 2, 3):
-                torch.set_num_threads(threads)
-                results.append(case.computed())
-        finally:
-            torch.set_num_threads(before)
-        for other in results[1:]:
-            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+def test_results_do_not_depend_on_the_number_of_threads(k, tokens, kernels):
+    if kernels in FUSED_ON_A_CPU:
+        assert_threads_do_not_matter(uneven_case(tokens, 300, k, 64, torch.bfloat16, True))
 
 
 def before_a_guard_page(tensor: torch.Tensor) -> torch.Tensor:
