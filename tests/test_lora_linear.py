@@ -51,19 +51,24 @@ class Case:
 
     def computed(self):
         """The same by the public function and autograd."""
-        leaves = [v.clone().requires_grad_() for v in (self.x, self.A, self.B)]
-        bias = None if self.bias is None else self.bias.clone().requires_grad_()
+        return self.computed_from(
+            *(None if v is None else v.clone() for v in (self.x, self.A, self.B, self.bias))
+        )
+
+    def computed_from(self, x, A, B, bias):
+        leaves = [v.requires_grad_() for v in (x, A, B, bias) if v is not None]
         y = lk.lora_linear(
-            leaves[0],
+            x,
             self.weight,
-            *leaves[1:],
+            A,
+            B,
             scaling=self.scaling,
             bias=bias,
             dropout_p=self.p,
             rng=self.rng,
         )
         y.backward(self.dy)
-        return (y.detach(), *(leaf.grad for leaf in leaves), None if bias is None else bias.grad)
+        return (y.detach(), *(leaf.grad for leaf in leaves), *([None] if bias is None else []))
 
     def results(self):
         """What was computed, eager's and the truth, for each of y, dx, dA, dB, dbias."""
