@@ -6,7 +6,7 @@
 namespace lk::cpu {
 
 constexpr int64_t kFewTokens = 4;
-constexpr int64_t kLine = 128;  // weights to a cache line of codes
+constexpr int64_t kLine = 128;  // weights to 64 bytes of codes
 
 // Whether these kernels take the product.
 bool few_tokens(int64_t tokens, const Matrix& weight);

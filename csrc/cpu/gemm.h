@@ -114,9 +114,8 @@ struct GemmKernels {
   void (*pack_tile)(const Matrix& matrix, int64_t row, int64_t tokens, int64_t inner, float scale,
                     float* packed);
   // The outputs [output, output + width), inner dimension [inner, inner + count): up to kGroup panels P
-  // [count][kPanel], kChunk * kPanel apart; columns behind the last output hold anything, which
-  // reaches none but their own sums. scales:
-  // those of panel_scales.
+  // [count][kPanel], kChunk * kPanel apart; columns behind the last output hold anything, which reaches none
+  // but their own sums. scales: those of panel_scales.
   void (*decode)(const Right& right, int64_t output, int64_t width, int64_t inner, int64_t count,
                  const float* scales, float* panels);
   // sums [tokens][kPanel] (+)= left [count][tokens] · panel [count][kPanel]

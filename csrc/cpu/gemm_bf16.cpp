@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 
 #include "convert.h"
@@ -101,33 +100,33 @@ void decode_span(const Bf16Term& term, int64_t column, int64_t width, int64_t c,
 }
 
 // The inner elements [c, c + count) of a term, in a P behind `before` others.
-struct Part {
+struct Section {
   const Bf16Term* term;
   int64_t c, count, before;
 };
 
-// The parts of all terms, in their order.
-class Parts {
+// The sections of all terms, in their order.
+class Sections {
  public:
-  Parts(const Bf16Term* terms, int count) : term_(terms), end_(terms + count) {}
+  Sections(const Bf16Term* terms, int count) : term_(terms), end_(terms + count) {}
 
   // Those of the next P; none behind the last.
-  int next(Part* parts) {
+  int next(Section* sections) {
     int count = 0;
-    for (int64_t depth = 0; term_ < end_ && count < kMostParts; ++count) {
+    for (int64_t depth = 0; term_ < end_ && count < kMostSections;) {
       if (c_ >= term_->inner) {
-        ++term_, c_ = 0, --count;
+        ++term_, c_ = 0;
         continue;
       }
       const int64_t n = depth_at(term_->inner, c_);
       if (count > 0 && depth + padded(n, kTileInner) > kMostDepth) break;
-      parts[count] = {term_, c_, n, depth};
+      sections[count++] = {term_, c_, n, depth};
       depth += padded(n, kTileInner);
       c_ += n;
     }
     return count;
   }
-  static constexpr int kMostParts = 8;
+  static constexpr int kMostSections = 8;
 
  private:
   const Bf16Term *term_, *end_;
@@ -167,13 +166,13 @@ void gemm_bf16(int64_t tokens, int64_t outputs, const Bf16Term* terms, int term_
       const auto [column, width, row, rows] = piece_of(task, groups, span, outputs, group_tokens, tokens);
       if (rows <= 0) continue;
       if (inner == 0) std::fill(sums, sums + group_tokens * span, 0.0f);
-      Parts all(terms, term_count);
-      Part parts[Parts::kMostParts];
-      Stretch stretches[Parts::kMostParts];
+      Sections all(terms, term_count);
+      Section sections[Sections::kMostSections];
+      Stretch stretches[Sections::kMostSections];
       bool first = true;
-      for (int count; (count = all.next(parts)) > 0; first = false) {
+      for (int count; (count = all.next(sections)) > 0; first = false) {
         for (int i = 0; i < count; ++i) {
-          const auto& [term, c, n, before] = parts[i];
+          const auto& [term, c, n, before] = sections[i];
           for (int64_t m = 0; c == 0 && m < width; m += kPanel) {
             panel_scales(term->right, column + m, std::min(kPanel, width - m),
                          scales + m / kPanel * scale_floats);
@@ -184,7 +183,7 @@ void gemm_bf16(int64_t tokens, int64_t outputs, const Bf16Term* terms, int term_
           for (int64_t t = 0; t < rows; t += kPanel) {
             const int64_t height = std::min(kPanel, rows - t), across = std::min(kPanel, width - m);
             for (int i = 0; i < count; ++i) {
-              const auto& [term, c, n, before] = parts[i];
+              const auto& [term, c, n, before] = sections[i];
               stretches[i] = {term->left + left_offset(tokens, term->inner, row + t, c),
                               left_stride(term->inner, c), ceil_div(n, kTileInner)};
             }

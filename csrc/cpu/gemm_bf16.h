@@ -17,9 +17,9 @@
 //
 // A task is kSpan outputs (in the forward of few tokens: a panel) and a group of the tokens. Its P of up to
 // kMostDepth inner elements (of kDepth and 128 outputs 128 KiB), its sums and the left factors' parts that
-// meet that P stay in L2, so that W0 is decoded once for up to kMostTokens tokens. A P may hold several terms:
-// the sums of a panel are loaded and stored once for all of it. Every sum has one order, whatever the number
-// of threads: in a tile by the unit, then over tiles and terms.
+// meet that P stay in L2, so that W0 is decoded once for up to kMostTokens tokens. A P may hold several
+// terms: the sums of a panel are loaded and stored once for all of it. Every sum has one order, whatever the
+// number of threads: in a tile by the unit, then over tiles and terms.
 //
 // Factors that are not bf16 (float32 adapters, s'·h, g) are split into bf16 parts, v = part 0 + part 1 + part
 // 2 + ...: two keep 16 bits of v, three all 24. A product of split factors is several terms. An infinity has
